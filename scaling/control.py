@@ -79,6 +79,12 @@ class Part(NamedTuple):
     segment: Segment
     moves: tuple[tuple[Rule, int], ...]
 
+    @property
+    def alone(self) -> Segment:
+        """Return the segment with the rule of its only move; if there are several, with that of the schedule."""
+        start, size, rule = self.segment.start_sample, self.segment.global_size, self.segment.rule
+        return Segment(start, size, self.moves[0][0] if self.moves[0][1] == size else rule)
+
 
 def course_of(segments: Sequence[Segment], decisions: Sequence[Segment], granule: int, limit: int | None) -> list[Part]:
     """Return the parts of a run, as decided so far.

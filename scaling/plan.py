@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Len
 
-from isobatch.scaling.control import Control, course_of
+from isobatch.scaling.control import Control, Part, course_of
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut, counted, halves, solve
 from isobatch.scaling.limits import Identity, Seed, Size, Text
@@ -190,14 +190,18 @@ class Plan:
             rule = Rule("noise", self.control.power, noise_scale, fixed=rule.fixed)
         return replace(self, decisions=(*self.decisions, Segment(start_sample, size, rule)))
 
+    @property
+    def _course(self) -> list[Part]:
+        """Return the segments as decided so far."""
+        limit = self.control.limit if self.control else None
+        return course_of(self.segments, self.decisions, self.granule, limit)
+
     @cached_property
     def stages(self) -> list[Stage]:
         """Return the stages: each segment starts at the first step boundary at or after its start."""
         stages: list[Stage] = []
-        limit = self.control.limit if self.control else None
-        course = course_of(self.segments, self.decisions, self.granule, limit)
-        begins = boundaries([(segment.start_sample, segment.global_size) for segment, _ in course])
-        for (segment, moves), (start, first_step) in zip(course, begins, strict=True):
+        begins = boundaries([(segment.start_sample, segment.global_size) for segment, _ in self._course])
+        for (segment, moves), (start, first_step) in zip(self._course, begins, strict=True):
             cut = solve(
                 self.world,
                 global_size=segment.global_size,
@@ -342,6 +346,11 @@ class Plan:
     def extend(self, segment: Segment) -> Plan:
         """Return the plan with ``segment`` appended. Raises ValueError if its start doesn't come after the others."""
         return replace(self, segments=(*self.segments, segment))
+
+    @property
+    def settled(self) -> Plan:
+        """Return the plan with its decisions so far as segments, and without a controller."""
+        return replace(self, segments=tuple(part.alone for part in self._course), control=None, decisions=())
 
     def dealt(self, world: int, per_gpu: int | None) -> Plan:
         """Return the plan on other hardware; only the cut of a step changes, not its micro-batches if bitwise."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from isobatch.conf.controllers import NoControl
 from isobatch.conf.identity import digest, run_directory
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan, Step
@@ -173,6 +174,7 @@ class Bench:
             "evaluate": config.evaluate.model_copy(update=off),
             "checkpoint": config.checkpoint.model_copy(update={**off, "keep_every": None, "best": None}),
             "noise": config.noise.model_copy(update=off),
+            "control": NoControl(name="none"),
             "ema": None,
             "given": given,
         }

@@ -227,7 +227,7 @@ def _starts(bench: Bench) -> list[Checkpoint]:
 
 def _unable(bench: Bench, start: Checkpoint) -> Unfit | None:
     """Return why no branch can start at a checkpoint; None if it can."""
-    header, plan = start.header, start.header.plan
+    header, plan = start.header, plan_here(bench, start)
     assert plan.samples is not None
     assert plan.schedule is not None
     if why := unfit(bench, start):

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from isobatch.conf.controllers import NoControl
 from isobatch.conf.overrides import key_of
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.report.grid import grid, rounded
@@ -80,7 +81,8 @@ def command(bench: Bench, row: Prediction) -> str:
     if row.samples is not None and abs(row.samples - planned) > SAME * planned:
         words = [word for word in words if not word.startswith("duration=")]
         sizes.append(f"duration={round(row.samples)}sa")
-    sizes += [f"batch.per_gpu={row.per_gpu * per_sample}"] if row.per_gpu else []
+    per_gpu = row.per_gpu or (None if isinstance(bench.config.control, NoControl) else plan.cut.per_gpu)
+    sizes += [f"batch.per_gpu={per_gpu * per_sample}"] if per_gpu else []
     if plan.base_source == "peak" or row.lr != carried_lr(bench, plan.peak.lr, row.global_size):
         sizes.append(f"lr.peak={row.lr:.6g}")
     return shlex.join([*words, *sizes])

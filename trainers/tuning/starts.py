@@ -93,10 +93,10 @@ def unfit(bench: Bench, start: Checkpoint) -> Unfit | None:
 
 
 def plan_here(bench: Bench, start: Checkpoint) -> Plan:
-    """Return a checkpoint's plan on this hardware, with the per-GPU batch of the run."""
+    """Return a checkpoint's plan on this hardware, with the per-GPU batch of the run and its batches so far."""
     fresh = bench.opened.plan
     on_it = replace(fresh, per_gpu=fresh.cut.per_gpu, accumulation=None) if fresh.numerics == "fast" else fresh
-    return continued(on_it, start.header.plan, extends=False)
+    return continued(on_it, start.header.plan, extends=False).settled
 
 
 def _named(source: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 from isobatch.conf.rundir.directory import RunDir
@@ -87,6 +88,7 @@ def open_bench(session: Session) -> Bench | None:
         return None
     with world.patient(timeout_s):
         validation = open_validation(task, world, config.seed, config.evaluate.samples)
+    opened = replace(opened, plan=opened.plan.settled)  # what is measured has one batch, whoever moves it in training
     return Bench(session, opened, validation, Progress(shown=world.rank == 0, live=not config.debug))
 
 
