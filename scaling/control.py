@@ -70,7 +70,8 @@ class Control:
         >>> Control("noise", 20, 100, 8, 400, 2, "rule").allowed(50)
         48
         """
-        return min(self.most, max(self.least, round(size / self.quantum) * self.quantum))
+        near = min(self.most, max(self.least, round(size / self.quantum) * self.quantum))
+        return min((near, self.least, self.most), key=lambda one: abs(one - size))
 
 
 class Part(NamedTuple):
