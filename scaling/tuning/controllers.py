@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 from annotated_types import Len
 
 from isobatch.scaling.control import Control
-from isobatch.scaling.limits import Count, Positive, Size
+from isobatch.scaling.limits import LARGEST, Count, Positive, Size
 
 FEWEST = 5  # measurements before the first decision
 LEAST_CHANGE = 1.125  # a smaller change isn't worth micro-batches of another size
@@ -83,6 +83,10 @@ class Memory:
     smaller: Count = 0
     timed: tuple[Timed, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len({one.global_size for one in self.timed}) < len(self.timed):
+            raise ValueError(f"{[one.global_size for one in self.timed]} aren't different batches that were timed")
+
 
 def first_memory(size: int) -> Memory:
     """Return the memory at the start of a run whose first batch is ``size`` samples."""
@@ -140,6 +144,7 @@ def half_speed_of(timed: Iterable[Timed]) -> float | None:
     """Return h of a fit of step time = c·(h + global batch), by least squares; None if fewer than two were timed.
 
     Of each batch the median counts, since the first step of a size may take longer, and weighs as many measurements.
+    h is at least a sample, also if the time grows in proportion to the batch, and the largest number if it doesn't grow.
 
     >>> half_speed_of([Timed(32, (0.5,)), Timed(96, (1.0,))])
     32.0
@@ -152,7 +157,7 @@ def half_speed_of(timed: Iterable[Timed]) -> float | None:
     time = sum(count * step_s for count, _, step_s in points) / weight
     covariance = sum(count * (size - batch) * (step_s - time) for count, size, step_s in points)
     slope = covariance / sum(count * (size - batch) ** 2 for count, size, _ in points)
-    return max(0.0, time / slope - batch) if slope > 0 else math.inf
+    return min(max(1.0, time / slope - batch), LARGEST) if slope > 0 else LARGEST
 
 
 class Controller(NamedTuple):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.scaling.plan import Plan
+from isobatch.scaling.tuning.controllers import LATEST, Memory, Timed
 from isobatch.trainers.checkpoints.commit import compose
 from isobatch.trainers.tensors.manifest import NAME, Checkpoint, Damaged, Header, parse, read, sealed, verify
 from isobatch.trainers.tensors.names import checkpoints, file_of, folder_of
@@ -27,6 +28,7 @@ from tests.unit.test_plan import make
 
 PLAN = make(1000, batches=((0, 32), (320, 64)))
 RANKS = 2
+CONTROL = Memory(48, 50.5, count=7, larger=1, smaller=0, timed=(Timed(32, (0.5, 0.25)), Timed(48, (0.75,))))
 
 
 def header_of(step: int = 3, plan: Plan = PLAN, **changes: Any) -> Header:
@@ -41,6 +43,7 @@ def header_of(step: int = 3, plan: Plan = PLAN, **changes: Any) -> Header:
         "fingerprint": "abc",
         "evaluation": {"val/loss": 0.5, "val/accuracy": None},
         "plan": plan,
+        "control": CONTROL,
     }
     return Header(**(fields | changes))  # type: ignore[arg-type]
 
@@ -286,6 +289,25 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an evaluation of texts": (at("evaluation", to={"val/loss": "0.5"}), "'evaluation.val/loss'"),
     "an evaluation of bools": (at("evaluation", to={"val/loss": True}), "'evaluation.val/loss'"),
     "an evaluation not finite": (at("evaluation", to={"val/loss": float("inf")}), "'evaluation.val/loss'"),
+    "a controller of another kind": (at("control", to=[]), "'control'"),
+    "a controller without a batch": (lambda f: f["control"].pop("size"), "'control.size'"),
+    "a controller with more": (at("control", "more", to=1), "'control.more'"),
+    "a batch of none": (at("control", "size", to=0), "'control.size'"),
+    "a batch as a float": (at("control", "size", to=48.0), "'control.size'"),
+    "a batch beyond any": (at("control", "size", to=10**16), "'control.size'"),
+    "a batch asked for, negative": (at("control", "exact", to=-1.0), "'control.exact'"),
+    "a batch asked for, not a number": (at("control", "exact", to=float("nan")), "'control.exact'"),
+    "a batch asked for, infinite": (at("control", "exact", to=float("inf")), "'control.exact'"),
+    "a negative count of measurements": (at("control", "count", to=-1), "'control.count'"),
+    "a negative count in a row": (at("control", "smaller", to=-1), "'control.smaller'"),
+    "a bool as a count": (at("control", "larger", to=True), "'control.larger'"),
+    "no times of a batch": (at("control", "timed", to=[[32, []]]), "'control.timed.0"),
+    "more times than are kept": (at("control", "timed", to=[[32, [0.5] * (LATEST + 1)]]), "'control.timed.0"),
+    "a huge list of times": (at("control", "timed", to=[[32, [0.5] * 10**5]]), "'control.timed.0"),
+    "a time of none": (at("control", "timed", to=[[32, [0.0]]]), "'control.timed.0"),
+    "a time that isn't finite": (at("control", "timed", to=[[32, [float("nan")]]]), "'control.timed.0"),
+    "times of no batch": (at("control", "timed", to=[[0, [0.5]]]), "'control.timed.0"),
+    "a batch timed twice": (at("control", "timed", to=[[32, [0.5]], [32, [0.5]]]), "'control'"),
     "no ranks": (at("world_size", to=0), "'world_size'"),
     "more ranks than files": (at("world_size", to=3), "its files aren't"),
     "absurdly many ranks": (at("world_size", to=10**18), "its files aren't"),
