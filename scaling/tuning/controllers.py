@@ -144,7 +144,7 @@ def half_speed_of(timed: Iterable[Timed]) -> float | None:
     """Return h of a fit of step time = c·(h + global batch), by least squares; None if fewer than two were timed.
 
     Of each batch the median counts, since the first step of a size may take longer, and weighs as many measurements.
-    h is at least a sample, also if the time grows in proportion to the batch, and the largest number if it doesn't grow.
+    h is at least a sample, also if the time is in proportion to the batch, and LARGEST if the time doesn't grow.
 
     >>> half_speed_of([Timed(32, (0.5,)), Timed(96, (1.0,))])
     32.0
