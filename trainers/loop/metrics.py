@@ -15,6 +15,7 @@ from isobatch.conf.rundir.files import finite, write_atomic
 from isobatch.conf.terminal import say
 from isobatch.scaling.limits import one_line
 from isobatch.scaling.noise import Smoothed
+from isobatch.scaling.plan import Plan
 from isobatch.scaling.reading import parse_json, read_bytes
 from isobatch.scaling.report.grid import clock
 from isobatch.scaling.stopping import EVALUATED
@@ -209,7 +210,7 @@ class PlainLines:
         self._next = now + PLAIN_EVERY_S
         pace_s = (now - self._started) / max(1, line["samples"] - self._begun_at)
         left = max(0, (self._state.plan.samples or 0) - line["samples"])
-        self._print(line, f"{_figures(line)}  ETA {clock(pace_s * left)}")
+        self._print(line, f"{_figures(line, self._state.plan)}  ETA {clock(pace_s * left)}")
 
     def evaluation(self, line: dict[str, Any]) -> None:
         loss = f"loss {self._last['loss']:.4f}  " if self._last.get("step") == line["step"] else ""
@@ -231,10 +232,12 @@ class LiveLine:
         step, figures = TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[text]}")
         self._progress = Progress(step, BarColumn(), figures, TextColumn("ETA"), TimeRemainingColumn())
         self._progress.start()
+        self._state = state
         self._bar = self._progress.add_task("", total=state.plan.steps, completed=state.steps, text="")
 
     def step(self, line: dict[str, Any]) -> None:
-        self._progress.update(self._bar, completed=line["step"], text=_figures(line))
+        plan = self._state.plan  # a controller changes it
+        self._progress.update(self._bar, completed=line["step"], total=plan.steps, text=_figures(line, plan))
 
     def evaluation(self, line: dict[str, Any]) -> None:
         text = f"step {line['step']}  epoch {line['epoch']:.2f}  {_values(line, *EVALUATED)}"
@@ -244,8 +247,9 @@ class LiveLine:
         self._progress.stop()
 
 
-def _figures(line: dict[str, Any]) -> str:
-    pace = f"lr {line['lr']:.3g}  {line['samples_per_s']:,.0f} samples/s"
+def _figures(line: dict[str, Any], plan: Plan) -> str:
+    batch = f"batch {plan.sized(line['global_size']):,}  " * (plan.control is not None or len(plan.stages) > 1)
+    pace = f"{batch}lr {line['lr']:.3g}  {line['samples_per_s']:,.0f} samples/s"
     return "  ".join(filter(None, [f"loss {line['loss']:.4f}", _values(line, "train/"), pace]))
 
 
