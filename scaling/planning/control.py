@@ -7,7 +7,7 @@ from dataclasses import replace
 from isobatch.conf.controllers import NoControl
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.batch_schedule import OF_THE_DATA
-from isobatch.scaling.control import Control
+from isobatch.scaling.control import FEWEST, Control
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.lengths import Lengths
@@ -46,6 +46,7 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
     )
     if control.by_noise:
         _refuse_other_measurements(config, wanted.every)
+    _refuse_too_few(config, plan, control)
     _refuse_bounds(plan, control)
     plan = replace(plan, control=control)
     _refuse_unfit(plan, control)
@@ -86,6 +87,17 @@ def _refuse_other_measurements(config: RunConfig, every: Duration) -> None:
             "measuring changes the run"
         )
         raise UserError(problem, "use batchnorm.mode=ghost", "batchnorm.mode", "sync")
+
+
+def _refuse_too_few(config: RunConfig, plan: Plan, control: Control) -> None:
+    """Raise UserError if the run ends before the controller's first decision takes effect."""
+    needed = FEWEST + control.patience  # the last one passes until the decision takes effect
+    if plan.samples is None or plan.samples > needed * control.every:
+        return
+    every = f"control.every={getattr(config.control, 'every', '')} is {plan.size(control.every)}"
+    problem = f"{every}, so the run of {plan.size(plan.samples)} ends before the first decision takes effect"
+    fix = f"give at most {max(1, (plan.samples - 1) // needed)}sa, or a longer duration"
+    raise UserError(problem, fix, "control.every")
 
 
 def _refuse_bounds(plan: Plan, control: Control) -> None:

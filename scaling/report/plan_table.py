@@ -8,13 +8,13 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from isobatch.scaling.control import Control
+from isobatch.scaling.control import FEWEST, Control
 from isobatch.scaling.geometry import Cut, counted
 from isobatch.scaling.plan import EnginePlacement, Plan, Source, Stage
 from isobatch.scaling.planning.advice import FEW, warnings
 from isobatch.scaling.planning.capabilities import BITWISE_COST
 from isobatch.scaling.rules import PARTS, Recipe
-from isobatch.scaling.tuning.controllers import CONTROLLERS, FEWEST, MOST_CHANGE
+from isobatch.scaling.tuning.controllers import CONTROLLERS, MOST_CHANGE
 
 WIDTHS = (60, 110)  # least and most columns of the table
 LABEL = 15

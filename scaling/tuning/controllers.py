@@ -19,10 +19,9 @@ from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Len
 
-from isobatch.scaling.control import Control
+from isobatch.scaling.control import FEWEST, Control
 from isobatch.scaling.limits import LARGEST, Count, Positive, Size
 
-FEWEST = 5  # measurements before the first decision
 LEAST_CHANGE = 1.125  # a smaller change isn't worth micro-batches of another size
 LATEST = 9  # times of a step that are remembered, of each batch
 MOST_CHANGE = 2.0  # of one decision, since φ itself is known to a factor of about 1.5
