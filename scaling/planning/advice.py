@@ -23,7 +23,7 @@ def warnings(plan: Plan) -> list[str]:
     """Return the warnings about ``plan``, a sentence each; each is about the worst stage."""
     return [
         text
-        for check in (_rule, _memory, _warmup, _jump, untuned_base, _idle, _wraps, _family, _sync)
+        for check in (_rule, _memory, _warmup, _jump, untuned_base, _idle, _wraps, _family, _sync, _linear_control)
         if (text := check(plan))
     ]
 
@@ -156,6 +156,15 @@ def _family(plan: Plan) -> str | None:
     return (
         f"a global batch of {counted(far[0], unit)} is far from the usual range for "
         f"{plan.family} ({least:,} to {most:,}); expect to re-tune"
+    )
+
+
+def _linear_control(plan: Plan) -> str | None:
+    if plan.control is None or plan.control.lr != "rule" or plan.segments[0].rule.name != "linear":
+        return None
+    return (
+        f"control={plan.control.name} with lr.rule=linear: where the loss stalls, noise dominates, the batch grows at "
+        "once, and the LR with it, which can diverge; lr.rule=sqrt or control.lr=adascale grow it less"
     )
 
 

@@ -11,7 +11,7 @@ from isobatch.scaling.control import FEWEST, Control
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.lengths import Lengths
-from isobatch.scaling.planning.sizes import in_samples, largest_for_decay
+from isobatch.scaling.planning.sizes import in_samples, largest_for_decay, size_of_a_sample
 from isobatch.scaling.rules import make_rule
 from isobatch.scaling.units import Duration
 
@@ -35,6 +35,9 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
         most = max(plan.cut.global_size, tenth // plan.granule * plan.granule)
     if every is None or most is None:
         return replace(plan, samples=None, schedule=None)
+    own = wanted.model_dump(exclude={"least", "most", "quantum", "every", "prior"})
+    if own.get("half_speed"):
+        own["half_speed"] /= size_of_a_sample(config)
     control = Control(
         least=_size(config, "least") or plan.cut.global_size,
         most=most,
@@ -42,7 +45,7 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
         every=every,
         power=make_rule("noise", config.optimizer.family, noise_scale=1.0).power,
         limit=limit,
-        **wanted.model_dump(exclude={"least", "most", "quantum", "every", "prior"}),
+        **own,
     )
     if control.by_noise:
         _refuse_other_measurements(config, wanted.every)
