@@ -14,7 +14,7 @@ from isobatch.scaling.report.run import Run
 CUT_KEYS = ("batch.per_gpu", "batch.accumulation")  # how a batch is cut over ranks and passes
 LR_KEYS = ("lr.peak", "lr.base", "lr.base_batch")
 STILL_GOING = ("running", "queued", "stopped", "not started")  # reasons not to count a run that aren't failures
-SHORT = {"optimizer.name": "optimizer", "lr.rule": "rule"}  # names in a label
+SHORT = {"optimizer.name": "optimizer", "control.name": "control", "lr.rule": "rule"}  # names in a label
 
 
 @dataclass(frozen=True, slots=True)
