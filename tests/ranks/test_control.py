@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from isobatch.scaling.control import Control
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.plan_json import from_json
-from isobatch.scaling.tuning.controllers import replay
+from isobatch.scaling.tuning.controllers import CONTROLLERS, Measurement, Memory, replay
 from tests.support.harness import ADAM_ROUNDING, Run, Runs, distance
 
 TASK = ("task=custom", "task._target_=tests.support.tasks.Counted", "task.args.dropout=0.1", "optimizer=adamw",
@@ -18,6 +19,22 @@ BY = {
     "variance": ("control=variance", "control.most=100", "control.alpha=0.02", "control.lr=hold"),
     "goodput": ("control=goodput", "control.most=128", "control.half_speed=64", "lr.rule=sde"),
 }
+
+
+COURSES = {
+    "at an odd sample": {100: 28, 160: 20},
+    "larger, at the end": {330: 32},
+    "smaller, at the end": {80: 32, 300: 20},
+}
+
+
+def script(course: dict[int, int], patch: pytest.MonkeyPatch) -> None:
+    """Let ``control=noise`` ask for the batches of ``course`` from their samples on, also on forked ranks."""
+
+    def ask(control: Control, memory: Memory, seen: Measurement) -> float:
+        return max(((sample, size) for sample, size in course.items() if sample <= seen.samples), default=(0, 16))[1]
+
+    patch.setitem(CONTROLLERS, "noise", CONTROLLERS["noise"]._replace(ask=ask))
 
 
 def plan_of(run: Run) -> Plan:
@@ -55,3 +72,19 @@ def test_the_course_is_the_same_on_any_cut_and_after_a_resume(runs: Runs, name: 
     assert decisions(cut) == found
     assert replayed(cut) == found
     assert distance(cut.weights(), whole.weights()) < ADAM_ROUNDING
+
+
+@pytest.mark.parametrize("name", COURSES)
+def test_samples_fetched_past_a_decision_are_fetched_again(
+    runs: Runs, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four workers fetch eight passes ahead: far past a decision, and at the end of the run all of its steps."""
+    script(COURSES[name], monkeypatch)
+    short = (*TASK, *CONTROL, "control=noise", "control.every=16sa", "control.patience=1", "control.most=64",
+             "batch.per_gpu=64", "duration=400sa")  # fmt: skip
+    alone, ahead = runs(1, *short), runs(1, *short, "data.workers=4")
+    assert ahead.ends[0]["state"] == "finished", ahead.log()
+    assert decisions(alone)[-1][1] == list(COURSES[name].values())[-1]
+    assert decisions(ahead) == decisions(alone)
+    assert [line["samples"] for line in ahead.metrics()] == [line["samples"] for line in alone.metrics()]
+    assert distance(ahead.weights(), alone.weights()) == 0

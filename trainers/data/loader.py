@@ -125,13 +125,19 @@ class Loader:
             raise
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield every range of positions that this rank needs, by the plan in force when the range is fetched."""
-        sample = self._state.samples
-        while step := self._state.plan.step_at(sample):
+        """Yield every range of positions that this rank needs, by the plan in force when a step is fetched.
+
+        End if the plan has changed since at a sample that was fetched already.
+        """
+        plan, sample = self._state.plan, self._state.samples
+        while step := plan.step_at(sample):
             self._fetched.append(step)
             for *_, (start, stop) in self._passes(step):
                 yield self._positions(step, start, stop)
-            sample = step.stop
+            sample, before, plan = step.stop, plan, self._state.plan
+            decided = plan.decisions[len(before.decisions) :]
+            if decided and decided[0].start_sample <= step.start:
+                return
 
     def _ahead(self, workers: int) -> Iterator[Any]:
         self._fetched.clear()
