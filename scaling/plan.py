@@ -234,7 +234,8 @@ class Plan:
                 recipe, batch = rule.apply(recipe, batch, size), size
             return recipe
         except OutOfRange as error:
-            use = "smaller stages" if before else f"batch.global_size={self.sized(error.largest)}"
+            key = "control.most" if self.decisions else "batch.global_size"
+            use = "smaller stages" if before and not self.decisions else f"{key}={self.sized(error.largest)}"
             problem = f"a global batch of {self.size(segment.global_size)}: {error}"
             ways = f"use {use}, lr.rule=sqrt, or give optimizer.betas for this batch"
             fix = f"the largest batch at which it holds is {self.size(error.largest)}: {ways}"

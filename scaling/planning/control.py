@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from isobatch.conf.controllers import NoControl
@@ -38,10 +39,16 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
     own = wanted.model_dump(exclude={"least", "most", "quantum", "every", "prior"})
     if own.get("half_speed"):
         own["half_speed"] /= size_of_a_sample(config)
+    sizes = {
+        "least": _size(config, "least") or plan.cut.global_size,
+        "most": most,
+        "quantum": _size(config, "quantum") or -(-QUANTUM // plan.granule) * plan.granule,
+    }
+    _refuse_bounds(plan, sizes, limit)
     control = Control(
-        least=_size(config, "least") or plan.cut.global_size,
-        most=most,
-        quantum=_size(config, "quantum") or -(-QUANTUM // plan.granule) * plan.granule,
+        least=sizes["least"],
+        most=sizes["most"],
+        quantum=sizes["quantum"],
         every=every,
         power=make_rule("noise", config.optimizer.family, noise_scale=1.0).power,
         limit=limit,
@@ -50,7 +57,6 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
     if control.by_noise:
         _refuse_other_measurements(config, wanted.every)
     _refuse_too_few(config, plan, control)
-    _refuse_bounds(plan, control)
     plan = replace(plan, control=control)
     _refuse_unfit(plan, control)
     return plan
@@ -73,6 +79,10 @@ def _refuse_contradictions(config: RunConfig) -> None:
         problem = f"batch.schedule={batch.schedule} and control={name} both set the batch"
         fix = "leave out one of the two; only batch.schedule=doubling goes together with control"
         raise UserError(problem, fix, "batch.schedule", batch.schedule)
+    if batch.even:
+        problem = f"batch.even=true rejects sizes that give unequal micro-batches, and control={name} may choose them"
+        fix = "leave batch.even out; multiples of batch.per_gpu × the number of GPUs are even, see control.quantum"
+        raise UserError(problem, fix, "batch.even", True)
     if config.duration.unit == "st":
         problem = f"duration={config.duration} counts steps, whose number depends on the decisions of control={name}"
         raise UserError(problem, "give the duration in ep, sa or tok", "duration", config.duration)
@@ -103,26 +113,30 @@ def _refuse_too_few(config: RunConfig, plan: Plan, control: Control) -> None:
     raise UserError(problem, fix, "control.every")
 
 
-def _refuse_bounds(plan: Plan, control: Control) -> None:
-    """Raise UserError if the bounds contradict the first batch, or sizes aren't whole granules."""
-    start = plan.cut.global_size
-    for key, side, wrong in (("least", "most", control.least > start), ("most", "least", control.most < start)):
+def _refuse_bounds(plan: Plan, sizes: Mapping[str, int], limit: int | None) -> None:
+    """Raise UserError if the bounds contradict the first batch or a schedule, or sizes aren't whole granules.
+
+    Args:
+        limit: see ``Control``.
+    """
+    start, most = plan.cut.global_size, sizes["most"]
+    for key, side, wrong in (("least", "most", sizes["least"] > start), ("most", "least", most < start)):
         if wrong:
-            size, first = plan.sized(getattr(control, key)), plan.sized(start)
+            size, first = plan.sized(sizes[key]), plan.sized(start)
             problem = f"control.{key}={size}, but the run starts with a batch of {first}"
             raise UserError(problem, f"give at {side} {first}, or another batch.global_size", f"control.{key}", size)
-    if control.limit and control.most > control.limit:
+    if limit and most > limit:
         problem = (
-            f"control.most={plan.sized(control.most)} is above {plan.sized(control.limit)}, up to which "
-            "batch.schedule=doubling multiplies the batch"
+            f"control.most={plan.sized(most)} is above {plan.sized(limit)}, up to which batch.schedule=doubling "
+            "multiplies the batch"
         )
-        fix = f'give a smaller one, or batch.schedule="doubling to:{plan.sized(2 * control.most)}"'
-        raise UserError(problem, fix, "control.most", plan.sized(control.most))
-    for key in ("least", "most", "quantum"):
-        size = getattr(control, key)
+        fix = f'give a smaller one, or batch.schedule="doubling to:{plan.sized(2 * most)}"'
+        raise UserError(problem, fix, "control.most", plan.sized(most))
+    for key, size in sizes.items():
         if size % plan.granule:
             near = max(1, round(size / plan.granule)) * plan.granule
-            problem = f"control.{key}={plan.sized(size)} isn't a multiple of batchnorm.ghost_size={plan.granule}"
+            whole = f"{plan.size(plan.granule)}, which have to stay in one micro-batch (batchnorm.ghost_size)"
+            problem = f"control.{key}={plan.sized(size)} isn't a multiple of {whole}"
             raise UserError(problem, f"nearest: {plan.sized(near)}", f"control.{key}", plan.sized(size))
 
 
@@ -135,6 +149,9 @@ def _refuse_unfit(plan: Plan, control: Control) -> None:
         except UserError as error:
             raise UserError(f"control.{key}={plan.sized(size)}: {error.problem}", error.fix, f"control.{key}") from None
         if control.by_noise and not all(plan.halves(stage.cut) for stage in (plan.stages[0], *stages)):
+            wanted = "batch.global_size" if size == plan.cut.global_size else f"control.{key}"
             problem = f"control={control.name} measures two halves of a step, and {plan.size(size)} can't be halved"
-            fix = "give a smaller batch.per_gpu" if plan.numerics == "bitwise" else "give a larger one"
-            raise UserError(problem, fix, f"control.{key}", plan.sized(size))
+            fix = f"give {wanted}={plan.sized(2 * plan.granule)} or more"
+            if plan.numerics == "bitwise":
+                fix = "give a smaller batch.per_gpu"
+            raise UserError(problem, fix, wanted, plan.sized(size))

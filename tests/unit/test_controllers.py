@@ -11,9 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from isobatch.scaling.control import Control
+from isobatch.scaling.control import FEWEST, Control
 from isobatch.scaling.tuning.controllers import (
-    FEWEST,
     LATEST,
     LEAST_CHANGE,
     Measurement,
