@@ -77,7 +77,7 @@ def test_bounds_wait_for_the_data() -> None:
 REJECTED: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
     "no per_gpu": (("batch.per_gpu=null",), "batch.per_gpu", ["control=noise", "auto"]),
     "stages": (("batch.schedule='0sa:64 50%:128'",), "batch.schedule", ["0sa:64", "doubling"]),
-    "a ramp": (("batch.schedule='ramp from:64 over:30%'",), "batch.schedule", ["ramp", "doubling"]),
+    "a ramp": (("batch.schedule='ramp from:32 over:30%'",), "batch.schedule", ["ramp", "doubling"]),
     "seesaw": (("batch.schedule=seesaw",), "batch.schedule", ["seesaw", "doubling"]),
     "a duration in steps": (("duration=500st",), "duration", ["500st", "ep"]),
     "even cuts": (("batch.even=true",), "batch.even", ["control.quantum"]),

@@ -195,6 +195,10 @@ lr.power=2
 lr.rule=noise
 lr.noise_scale=3
 lr.decay=step lr.milestones=[]
+control=noise batch.per_gpu=32 control.every=1min
+control=noise control.eta=1
+control=nois
+control.every=1%
 action=tune tune.parts=[speeed]
 action=tune tune.parts=speeed
 action=tune tune.parts=[]
