@@ -130,7 +130,11 @@ class Smoothed:
             raise ValueError(f"{self} isn't a valid average of estimates")
 
     def updated(self, new: Estimate, metric: Metric = "raw") -> Smoothed:
-        """Return the averages with one more estimate; estimates in another ``metric`` are dropped."""
+        """Return the averages with one more estimate; estimates in another ``metric`` are dropped.
+
+        Raises:
+            ValueError: the estimate isn't finite, or its square overflows.
+        """
         if metric != self.metric:
             return Smoothed(metric=metric).updated(new, metric)
         weight = FORGETTING / (self.count + FORGETTING)

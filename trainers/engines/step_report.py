@@ -101,14 +101,15 @@ class Update:
     norm: Norm = RAW
 
     def estimate(self, cut: Cut) -> Estimate | None:
-        """Return the estimates of a step with this ``cut``; None if it wasn't measured, or if they aren't finite.
+        """Return the estimates of a step with this ``cut``; None if it wasn't measured.
 
-        On an accelerator this waits for the device.
+        They aren't finite if a square overflows. On an accelerator this waits for the device.
         """
         if self.halves:
-            found = Estimate(*map(float, self.halves))
-        elif self.parts_sq is not None and math.isfinite(self.parts_sq):
-            found = estimate(float(self.parts_sq), float(self.grad_norm) ** 2, cut.global_size, cut.filled)
-        else:
+            return Estimate(*map(float, self.halves))
+        if self.parts_sq is None:
             return None
-        return found if math.isfinite(found.grad_sq + found.trace) else None
+        parts_sq, whole = float(self.parts_sq), float(self.grad_norm)
+        if not math.isfinite(parts_sq):
+            return Estimate(math.nan, math.nan)
+        return estimate(parts_sq, whole * whole, cut.global_size, cut.filled)

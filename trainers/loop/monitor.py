@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.noise import Estimate, Norm, Smoothed
+from isobatch.scaling.noise import Estimate, Norm
 from isobatch.scaling.plan import Step, crossed
 from isobatch.trainers.data.state import TrainState
 from isobatch.trainers.engines.step_report import Requests, Total, Update
@@ -50,6 +50,7 @@ class Monitor:
         self.must_save = config.checkpoint.on_error == "stop"
         self._skips = 0  # in a row
         self._norm: Norm | None = None  # of the gradient noise, as reported
+        self._overflowed = False  # an estimate of the gradient noise, as reported
         self._unlogged: StepResult | None = None  # the last step, unless it was logged
         self._since = time.perf_counter()
         self.after_a_step: Callable[[], None] | None = None
@@ -109,12 +110,11 @@ class Monitor:
             fields = {"step": step.index + 1, "samples": step.stop, "skipped": state.skipped}
             self.metrics.event("skip", f"{found}; skipped", **fields)
         self._count(result)
-        if state.noise and result.estimate:
-            self._measured(state.noise, result.estimate, result.norm)
+        estimated = result.estimate is not None and self._estimated(result.estimate, result.norm)
         stated, units = state.plan.units_per_sample, result.units / (step.stop - step.start)
         if step.index == 0 and stated and abs(units / stated - 1) > UNITS_OFF:
             self.metrics.warn(f"task.units_per_sample={stated}, but the first step has {units:g} units per sample")
-        measured = result.estimate or not (state.plan.control and state.plan.control.by_noise)
+        measured = estimated or not (state.plan.control and state.plan.control.by_noise)
         controlled = self._control.measured(step) if measured and self._control.due(step) else {}
         due = step.index in (0, (state.plan.steps or 0) - 1) or crossed(state.plan.intervals.log, step.start, step.stop)
         if due or controlled:
@@ -123,17 +123,27 @@ class Monitor:
         else:
             self._unlogged = result
 
-    def _measured(self, noise: Smoothed, estimate: Estimate, norm: Norm) -> None:
-        """Add an estimate to the averages, and report once in which norm halves are measured."""
-        plan = self._state.plan
-        self._state.noise = noise.updated(
-            estimate.of_data(plan.train_samples) if plan.train_samples else estimate, norm.name
-        )
-        if plan.noise[1] and norm != self._norm:
+    def _estimated(self, estimate: Estimate, norm: Norm) -> bool:
+        """Add an estimate to the averages, and report once in which norm halves are measured; False if it overflows."""
+        state = self._state
+        if state.noise is None:
+            return False
+        if state.plan.train_samples:
+            estimate = estimate.of_data(state.plan.train_samples)
+        try:
+            state.noise = state.noise.updated(estimate, norm.name)
+        except ValueError:
+            if not self._overflowed:
+                self._overflowed = True
+                at = f"at sample {state.samples:,}, and later ones like it"
+                self.metrics.warn(f"the squares of the gradients overflow, so the gradient noise isn't measured {at}")
+            return False
+        if state.plan.noise[1] and norm != self._norm:
             self._norm = norm
             self.metrics.note(
                 "noise", f"the gradient noise is measured from two halves of a step, {norm.text}", norm=norm.name
             )
+        return True
 
     def log_early_end(self) -> None:
         """Log the last step of a run that ends early, if it wasn't due.

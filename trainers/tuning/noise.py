@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -83,8 +84,9 @@ def along(
     with bench.trial(measured(plan), start) as trial:
         while trial.state.samples < end and (taken := trial.step()):
             step, total, update = taken
-            if new := update.estimate(step.cut):
-                noise, norm = noise.updated(new.of_data(len(bench.opened.data)), update.norm.name), update.norm
+            with suppress(ValueError):  # it overflows
+                if new := update.estimate(step.cut):
+                    noise, norm = noise.updated(new.of_data(len(bench.opened.data)), update.norm.name), update.norm
             done, before = ((at - begin) * COURSE // (end - begin) for at in (step.stop, step.start))
             if done > before:
                 scale = noise.scale()
