@@ -11,7 +11,6 @@ from isobatch.scaling.limits import Number, Positive, Size
 from isobatch.scaling.rules import Rule
 from isobatch.scaling.schedule import Segment
 
-
 Kind = Literal["norm-test", "noise", "variance", "goodput", "bandit"]
 FEWEST = 5  # measurements of the averages before the first decision
 LrMode = Literal["rule", "hold", "adascale"]

@@ -109,10 +109,9 @@ REJECTED: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
         ("optimizer=adamw", "lr.peak=null", "lr.base=0.01", "lr.base_batch=32", "lr.rule=sde"),
         "control.most", ["400", "319"],
     ),
-    "no measurement in the run": (("control.every=200%",), "control.every", ["200%", "40,000"]),
-    "no decision in the run": (("control.every=15%",), "control.every", ["15%", "6", "42,000"]),
-    "no decision with this patience": (("control.patience=200",), "control.every", ["204", "41,000"]),
-    "fewer steps than measurements": (("duration=386sa",), "control.every", ["6", "386"]),
+    "no measurement in the run": (("control.every=200%",), "control.every", ["200%", "80,000", "40,000", "5714sa"]),
+    "no decision in the run": (("control.every=15%",), "control.every", ["15%", "40,000", "5714sa"]),
+    "no decision with this patience": (("control.patience=200",), "control.every", ["0.5%", "40,000", "195sa"]),
     "half a sample of tokens": ((*TOKENS, "control.most=66000"), "control.most", ["66000", "65536"]),
     "tokens of parts of granules": ((*TOKENS, *GHOST, "control.most=51200"), "control.most", ["8,192", "49152"]),
     "tokens below the start": ((*TOKENS, "control.most=16384"), "control.most", ["16384", "32768"]),
@@ -147,8 +146,8 @@ def test_the_nearest_accepted_values() -> None:
         ("numerics=bitwise", "control.least=33"),
         (*GHOST, "control.least=32"),
         ("batch.schedule=doubling", "control.most=400"),
-        ("duration=387sa",),
-        ("control.every=14%",),
+        ("control.every=5714sa",),
+        ("control.every=195sa", "control.patience=200"),
     ):
         assert planned(*NOISE, *overrides).control, overrides
 
