@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
 from isobatch.scaling.control import Control
-from isobatch.scaling.geometry import Cut
-from isobatch.scaling.noise import Estimate
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.report.plan_json import from_json
 from isobatch.scaling.tuning.controllers import CONTROLLERS, Measurement, Memory, replay
-from isobatch.trainers.engines.step_report import Update
 from tests.support.harness import ADAM_ROUNDING, Run, Runs, distance
-from tests.support.tasks import Counted
 
 TASK = ("task=custom", "task._target_=tests.support.tasks.Counted", "task.args.dropout=0.1", "optimizer=adamw",
         "lr.peak=0.002", "batch.global_size=16", "duration=4000sa", "log.every=7st", "evaluate.every=null")  # fmt: skip
 CONTROL = ("control.every=2%", "control.quantum=4", "batch.per_gpu=8", "ema=200sa")
+FAST = (*TASK, *CONTROL, "control.every=16sa", "control.most=128", "duration=480sa", "log.every=1st")
 BY = {
     "norm-test": ("control=norm-test", "control.most=128"),
     "noise": ("control=noise", "control.most=128", "control.lr=adascale"),
@@ -98,67 +89,3 @@ def test_samples_fetched_past_a_decision_are_fetched_again(
     assert decisions(ahead) == decisions(alone)
     assert [line["samples"] for line in ahead.metrics()] == [line["samples"] for line in alone.metrics()]
     assert distance(ahead.weights(), alone.weights()) == 0
-
-
-# ---- measurements that can't be used
-
-FAST = (*TASK, *CONTROL, "control.every=16sa", "control.most=128", "duration=480sa", "log.every=1st")
-
-
-def test_statistics_that_overflow_are_left_out_with_one_warning(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the loss and the gradient's norm are finite."""
-    overflows = {
-        4: (1e200, 1.0),
-        5: (1.0, 1e200),
-        7: (math.inf, math.inf),
-        8: (math.nan, math.nan),
-        9: (-math.inf, 0.0),
-    }
-    find, calls = Update.estimate, []
-
-    def estimate(update: Update, cut: Cut) -> Estimate | None:
-        calls.append(1)
-        return Estimate(*overflows[len(calls)]) if len(calls) in overflows else find(update, cut)
-
-    monkeypatch.setattr(Update, "estimate", estimate)
-    run = runs(1, *FAST, "control=noise")
-    assert run.ends[0].get("state") == "finished", run.log()
-    measured = [line["step"] for line in run.metrics() if "control/size" in line]
-    assert measured[:6] == [2, 3, 6, 10, 11, 12]  # Adam has no second moment before its first step
-    assert ["overflow" in event["text"] for event in run.events() if event["event"] == "warning"] == [True]
-    assert decisions(run) == replayed(run) != []
-    assert all(np.isfinite(line["noise/trace"]) for line in run.metrics() if "control/size" in line)
-
-
-def test_no_decision_comes_from_a_step_that_is_not_finite(runs: Runs) -> None:
-    """The 5th of 30 steps has an infinite gradient in its first half, and is skipped."""
-    bad = (
-        "task._target_=tests.ranks.test_control.Infinite",
-        "on_nonfinite=skip",
-        "control=noise",
-        "control.patience=1",
-    )
-    clean, run = runs(1, *FAST, *bad, "+task.args.at=9999"), runs(1, *FAST, *bad)
-    assert run.ends[0].get("state") == "finished", run.log()
-    measured, of_clean = ([line["step"] for line in one.metrics() if "control/size" in line] for one in (run, clean))
-    assert of_clean[:5] == [2, 3, 4, 5, 6]
-    assert measured[:5] == [2, 3, 4, 6, 7]
-    assert [line.get("skipped") for line in run.metrics() if line["step"] in (4, 5)] == [None, 1]
-    assert decisions(clean)[0][0] == 112
-    assert decisions(run)[0][0] == 128
-    assert replayed(run) == decisions(run)
-
-
-class Infinite(Counted):
-    """``Counted``, with an infinite gradient and a finite loss for the samples from ``at`` on of the order."""
-
-    def __init__(self, at: int = 64, **args: Any) -> None:
-        super().__init__(**args)
-        self.at, self.seen = at, 0
-
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        loss, units = super().loss(model, batch)
-        first = self.seen <= self.at < self.seen + len(batch[0]) and model.training
-        self.seen += len(batch[0]) * model.training
-        weight = next(model.parameters())
-        return (loss + torch.sqrt(weight - weight.detach()).sum() if first else loss), units
