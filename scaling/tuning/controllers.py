@@ -208,9 +208,13 @@ def _timed(timed: tuple[Timed, ...], seen: Measurement) -> tuple[Timed, ...]:
 PREFIX = "control/"
 
 
-def values(seen: Measurement, memory: Memory) -> dict[str, float | None]:
-    """Return what a line of metrics holds of a measurement, beside ``noise/grad_sq`` and ``noise/trace``."""
-    numbers = {"size": memory.size, "asked": memory.exact, "growth": seen.growth}
+def values(seen: Measurement, memory: Memory, rest: int) -> dict[str, float | None]:
+    """Return what a line of metrics holds of a measurement, beside ``noise/grad_sq`` and ``noise/trace``.
+
+    Args:
+        rest: see ``observed``; it is logged, since the run may be lengthened later.
+    """
+    numbers = {"size": memory.size, "asked": memory.exact, "growth": seen.growth, "rest": rest}
     return {f"{PREFIX}{name}": value for name, value in (numbers | {"loss": seen.loss, "step_s": seen.step_s}).items()}
 
 
@@ -229,19 +233,18 @@ def measurement_of(line: Mapping[str, Any]) -> Measurement | None:
     )
 
 
-def replay(control: Control, size: int, lines: Iterable[Mapping[str, Any]], samples: int) -> list[tuple[int, int]]:
+def replay(control: Control, size: int, lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """Return the decisions of a run, from its metrics alone: (start_sample, size) each.
 
     Args:
         size: the first batch, in samples.
         lines: the content of ``metrics.jsonl``.
-        samples: of the whole run.
     """
     memory, found = first_memory(size), []
-    for seen in filter(None, map(measurement_of, lines)):
-        start = seen.samples + control.every
-        after = observed(control, memory, seen, samples - start)
-        if after.size != memory.size:
-            found.append((start, after.size))
-        memory = after
+    for line in lines:
+        if seen := measurement_of(line):
+            after = observed(control, memory, seen, line[f"{PREFIX}rest"])
+            if after.size != memory.size:
+                found.append((seen.samples + control.every, after.size))
+            memory = after
     return found

@@ -49,8 +49,7 @@ def decisions(run: Run) -> list[tuple[int, int]]:
 def replayed(run: Run) -> list[tuple[int, int]]:
     plan = plan_of(run)
     assert plan.control
-    assert plan.samples
-    return replay(plan.control, plan.cut.global_size, run.metrics(), plan.samples)
+    return replay(plan.control, plan.cut.global_size, run.metrics())
 
 
 @pytest.mark.parametrize("name", BY)
@@ -89,3 +88,16 @@ def test_samples_fetched_past_a_decision_are_fetched_again(
     assert decisions(ahead) == decisions(alone)
     assert [line["samples"] for line in ahead.metrics()] == [line["samples"] for line in alone.metrics()]
     assert distance(ahead.weights(), alone.weights()) == 0
+
+
+def test_a_lengthened_run_keeps_its_decisions(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a replay, though a batch that the shorter run had no room for would fit in the longer one."""
+    script({80: 28, 400: 60}, monkeypatch)
+    course = (*FAST, "control=noise", "control.patience=1")
+    run = runs(1, *course)
+    assert decisions(run) == [(112, 28)]
+    run = runs(2, *course, "duration=960sa", resume=run, extends=True)
+    assert run.ends[0].get("samples", 0) >= 960, run.log()
+    assert decisions(run)[0] == (112, 28)
+    assert decisions(run)[1][0] > 504
+    assert replayed(run) == decisions(run)

@@ -46,7 +46,8 @@ class BatchControl:
         start = step.stop + control.every
         seen, before = self._measurement(step, start), state.control
         assert state.plan.samples
-        state.control = controllers.observed(control, before, seen, state.plan.samples - start)
+        rest = state.plan.samples - start
+        state.control = controllers.observed(control, before, seen, rest)
         state.tally = state.tally.measured()
         scale = seen.noise_scale
         if scale is not None:
@@ -55,7 +56,7 @@ class BatchControl:
         if agreed := json.loads(self._world.agree(json.dumps(decision))):  # other ranks' clocks may differ
             state.plan = state.plan.decide(start, *agreed)
             self._report(control, seen, before, agreed[0], start)
-        return controllers.values(seen, state.control)
+        return controllers.values(seen, state.control, rest)
 
     def finished(self) -> None:
         """Say, at the end of the run, whether a schedule would have done as well."""
