@@ -17,6 +17,13 @@ LrMode = Literal["rule", "hold", "adascale"]
 AT_THE_LIMIT = Rule("linear")  # where the batch can't grow further, the LR decays (Smith et al. 2018, arXiv:1711.00489)
 
 
+class Belief(NamedTuple):
+    """Hold what is known of the critical batch: its median in samples, and its standard deviation in doublings."""
+
+    critical: Positive
+    doublings: Positive
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """Describe how measurements move the global batch. Sizes and intervals are in samples.
@@ -32,6 +39,7 @@ class Control:
         half_speed: the global batch at which the hardware reaches half of its highest speed, of goodput and bandit;
             None: measured by the clock.
         per: what bandit saves: samples or seconds.
+        prior: what bandit knows of the critical batch before it starts.
         limit: the largest global batch of a schedule that multiplies the chosen one; None without one.
     """
 
@@ -48,6 +56,7 @@ class Control:
     alpha: Positive | None = None
     half_speed: Positive | None = None
     per: Literal["sample", "second"] | None = None
+    prior: Belief | None = None
     limit: Size | None = None
 
     def __post_init__(self) -> None:

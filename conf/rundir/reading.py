@@ -123,6 +123,7 @@ METRICS: dict[str, Check] = {
     **dict.fromkeys(("epoch", "samples_per_s", "time_s"), _is_amount),
     **dict.fromkeys(("loss", "lr", *MEASURES), _is_number_or_none),
     **dict.fromkeys(("noise/scale", "noise/low", "noise/high", "noise/trace"), _is_number_or_none),
+    **dict.fromkeys(("control/loss", "control/growth"), _is_number_or_none),
 }
 
 

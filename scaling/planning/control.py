@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from isobatch.conf.controllers import NoControl
+from isobatch.conf.controllers import Bandit, NoControl
+from isobatch.conf.existing import ever_trained
+from isobatch.conf.identity import run_directory
+from isobatch.conf.rundir.reading import read_run
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.batch_schedule import OF_THE_DATA
-from isobatch.scaling.control import FEWEST, Control
+from isobatch.scaling.control import FEWEST, Belief, Control
 from isobatch.scaling.errors import UserError
+from isobatch.scaling.learned import belief, intervals_in
+from isobatch.scaling.limits import LARGEST
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.lengths import Lengths
 from isobatch.scaling.planning.sizes import in_samples, largest_for_decay, size_of_a_sample
 from isobatch.scaling.rules import make_rule
 from isobatch.scaling.units import Duration
 
+VAGUE = (4, 2.0)  # a critical batch of 4 times the first batch, within a factor of 4
+LEAST_DOUBLINGS = 1.0  # of what another run learned: its critical batch need not be this one's
 QUANTUM = 8  # samples: sizes that are multiples of it suit GPUs, and micro-batches of few sizes are compiled less often
 
 
@@ -36,6 +47,7 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
         most = max(plan.cut.global_size, tenth // plan.granule * plan.granule)
     if every is None or most is None:
         return replace(plan, samples=None, schedule=None)
+    prior = first_belief(config, wanted, plan.cut.global_size) if isinstance(wanted, Bandit) else None
     own = wanted.model_dump(exclude={"least", "most", "quantum", "every", "prior"})
     if own.get("half_speed"):
         own["half_speed"] /= size_of_a_sample(config)
@@ -52,6 +64,7 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
         every=every,
         power=make_rule("noise", config.optimizer.family, noise_scale=1.0).power,
         limit=limit,
+        prior=prior,
         **own,
     )
     if control.by_noise:
@@ -66,6 +79,39 @@ def _size(config: RunConfig, name: str) -> int | None:
     """Return one of the controller's sizes in samples; None if it isn't given."""
     size = getattr(config.control, name)
     return None if size is None else in_samples(config, f"control.{name}=", size)
+
+
+def first_belief(config: RunConfig, wanted: Bandit, start: int) -> Belief:
+    """Return what a bandit knows of the critical batch at the start of its run, whose first batch is ``start`` samples.
+
+    A run that has begun keeps what it began with. A new one takes over what the run in ``control.prior`` learned, or
+    nearly nothing.
+
+    Raises:
+        UserError: ``control.prior`` isn't the directory of a run that learned.
+    """
+    here = run_directory(config)
+    if ever_trained(here) and (known := _belief_of(read_run(here).plan)):
+        return known
+    if wanted.prior is None:
+        return Belief(float(min(VAGUE[0] * start, LARGEST)), VAGUE[1])
+    found = read_run(Path(os.path.expanduser(wanted.prior)))
+    prior = _belief_of(found.plan)
+    intervals = intervals_in(found.metrics)
+    if prior is None or not intervals:
+        problem = f"control.prior={wanted.prior} isn't a run that control=bandit trained"
+        raise UserError(problem, "name the directory of one, or leave it out", "control.prior", wanted.prior)
+    learned = belief(intervals, prior)
+    return Belief(learned.critical, max(LEAST_DOUBLINGS, learned.doublings))
+
+
+def _belief_of(plan: Mapping[str, Any]) -> Belief | None:
+    """Return the belief with which the run of a plan began; None if it has none."""
+    with suppress(KeyError, TypeError, ValueError):
+        critical, doublings = map(float, plan["control"]["prior"])
+        if 0 < critical <= LARGEST and 0 < doublings <= LARGEST:
+            return Belief(critical, doublings)
+    return None
 
 
 def _refuse_contradictions(config: RunConfig) -> None:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, NamedTuple
 from annotated_types import Len
 
 from isobatch.scaling.control import FEWEST, Control
+from isobatch.scaling.learned import Interval, belief, trial_of
 from isobatch.scaling.limits import LARGEST, Count, Positive, Size
 
 LEAST_CHANGE = 1.125  # a smaller change isn't worth micro-batches of another size
@@ -73,6 +74,7 @@ class Memory:
         count: measurements so far.
         larger, smaller: measurements in a row, until the last one, that asked for a larger or smaller batch.
         timed: speeds seen so far, by batch.
+        intervals: the losses seen so far, for bandit.
     """
 
     size: Size
@@ -81,6 +83,7 @@ class Memory:
     larger: Count = 0
     smaller: Count = 0
     timed: tuple[Timed, ...] = ()
+    intervals: tuple[Interval, ...] = ()
 
     def __post_init__(self) -> None:
         if len({one.global_size for one in self.timed}) < len(self.timed):
@@ -139,6 +142,24 @@ def goodput(control: Control, memory: Memory, seen: Measurement) -> float:
     return math.sqrt((memory.size if half is None else half / seen.growth) * seen.noise_scale)
 
 
+def bandit(control: Control, memory: Memory, seen: Measurement) -> float | None:
+    """√(h·B_c), or B_c/4 to save samples, with the critical batch B_c that the run's own loss tells (see learned.py).
+
+    Trials at √2 and 1/√2 of it keep it learning. At B_c/4 a sample makes 4/5 of the progress that it makes at the
+    smallest batch. It returns None between the trials' starts.
+    """
+    trial = trial_of(len(memory.intervals))
+    if trial is None:
+        return None
+    assert control.prior
+    critical = belief(memory.intervals, control.prior).critical
+    half = half_speed_of(memory.timed) if control.half_speed is None else control.half_speed
+    best = critical / 4
+    if control.per == "second":
+        best = math.sqrt(critical * (memory.size if half is None else half / seen.growth))
+    return best * 2 ** (trial / 2)
+
+
 def half_speed_of(timed: Iterable[Timed]) -> float | None:
     """Return h of a fit of step time = c·(h + global batch), by least squares; None if fewer than two were timed.
 
@@ -160,10 +181,15 @@ def half_speed_of(timed: Iterable[Timed]) -> float | None:
 
 
 class Controller(NamedTuple):
-    """Hold the function that asks for a batch, and what it needs."""
+    """Hold the function that asks for a batch, or for none, and its description.
 
-    ask: Callable[[Control, Memory, Measurement], float]
+    Attributes:
+        patient: a change waits for ``control.patience``.
+    """
+
+    ask: Callable[[Control, Memory, Measurement], float | None]
     summary: str
+    patient: bool = True
 
 
 CONTROLLERS = {
@@ -171,6 +197,7 @@ CONTROLLERS = {
     "noise": Controller(noise, "factor × the gradient noise scale (McCandlish et al. 2018)"),
     "variance": Controller(variance, "grows by α × the gradient noise scale at each measurement"),
     "goodput": Controller(goodput, "√(half_speed × gradient noise scale): most progress per second (Pollux)"),
+    "bandit": Controller(bandit, "learns the critical batch from the loss, by trials of other batches", patient=False),
 }
 
 
@@ -180,10 +207,16 @@ def observed(control: Control, memory: Memory, seen: Measurement, rest: int) -> 
     Args:
         rest: samples of the run from where the decision would take effect. It isn't taken if a step is longer.
     """
-    memory = replace(memory, count=memory.count + 1, timed=_timed(memory.timed, seen))
-    if memory.count < FEWEST:
+    controller = CONTROLLERS[control.name]
+    memory = replace(
+        memory,
+        count=memory.count + 1,
+        timed=_timed(memory.timed, seen),
+        intervals=memory.intervals if controller.patient else _learned(memory.intervals, seen),
+    )
+    asked = None if memory.count < FEWEST else controller.ask(control, memory, seen)
+    if asked is None:
         return memory
-    asked = CONTROLLERS[control.name].ask(control, memory, seen)
     exact = min(max(asked, control.least, memory.size / MOST_CHANGE), control.most, memory.size * MOST_CHANGE)
     change = exact / memory.size
     larger = memory.larger + 1 if change >= LEAST_CHANGE else 0
@@ -191,7 +224,8 @@ def observed(control: Control, memory: Memory, seen: Measurement, rest: int) -> 
     memory = replace(memory, exact=exact, larger=larger, smaller=smaller)
     size = control.allowed(exact)
     step = min(size * seen.growth, control.limit or math.inf)
-    if max(larger, smaller) < control.patience or size == memory.size or step > rest:
+    patience = control.patience if controller.patient else 1
+    if max(larger, smaller) < patience or size == memory.size or step > rest:
         return memory
     return replace(memory, size=size, larger=0, smaller=0)
 
@@ -203,6 +237,13 @@ def _timed(timed: tuple[Timed, ...], seen: Measurement) -> tuple[Timed, ...]:
     found = {one.global_size: one.times_s for one in timed}
     found[seen.global_size] = (*found.get(seen.global_size, ()), seen.step_s)[-LATEST:]
     return tuple(Timed(*one) for one in found.items())
+
+
+def _learned(intervals: tuple[Interval, ...], seen: Measurement) -> tuple[Interval, ...]:
+    """Return the losses with one more; a loss that has no logarithm is left out."""
+    if seen.loss is None or seen.loss <= 0:
+        return intervals
+    return (*intervals, Interval(seen.samples, seen.loss, seen.global_size / seen.growth))
 
 
 PREFIX = "control/"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 
-from isobatch.scaling.control import Control
+from isobatch.scaling.control import Belief, Control
 from isobatch.scaling.plan import EnginePlacement, Intervals, Plan
 from isobatch.scaling.planning.capabilities import ABILITIES
 from isobatch.scaling.report.plan_json import from_json, to_json
@@ -30,7 +30,9 @@ FULL = replace(
     ),
     schedule=replace(WHOLE.schedule, milestones=(500, 700)),
     engine=EnginePlacement(NAME, STAGE, ABLE.shards, ABLE.offloads),
-    control=Control("goodput", 16, 64, 8, 100, 2, "adascale", 0.5, 1.0, 1.5, 0.1, 256.0, "second", 4000),
+    control=Control(
+        "goodput", 16, 64, 8, 100, 2, "adascale", 0.5, 1.0, 1.5, 0.1, 256.0, "second", Belief(100.0, 1.0), 4000
+    ),
     decisions=(Segment(300, 32, Rule("noise", 0.75, 100.0, True, ("betas",))),),
     intervals=Intervals(10, 20, 30, 40, keep=50, noise_parts=2),
 )

@@ -9,6 +9,7 @@ from contextlib import suppress
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import write_atomic
 from isobatch.scaling.control import Control, multiplied
+from isobatch.scaling.learned import belief
 from isobatch.scaling.limits import LARGEST
 from isobatch.scaling.plan import Step, crossed
 from isobatch.scaling.planning.advice import after_control
@@ -55,7 +56,7 @@ class BatchControl:
         decision = [state.control.size, scale] if state.control.size != before.size else None
         if agreed := json.loads(self._world.agree(json.dumps(decision))):  # other ranks' clocks may differ
             state.plan = state.plan.decide(start, *agreed)
-            self._report(control, seen, before, agreed[0], start)
+            self._report(control, seen, before, state.control, start)
         return controllers.values(seen, state.control, rest)
 
     def finished(self) -> None:
@@ -80,17 +81,19 @@ class BatchControl:
             step_s=since.seconds / steps if same and steps and since.seconds > 0 else None,
         )
 
-    def _report(self, control: Control, seen: Measurement, before: Memory, size: int, start: int) -> None:
+    def _report(self, control: Control, seen: Measurement, before: Memory, memory: Memory, start: int) -> None:
         """Record a decision as an event, and the plan with it."""
-        plan, scale = self._state.plan, seen.noise_scale
-        was, now = (plan.size(multiplied(plan.segments, start, one, plan.granule)) for one in (before.size, size))
-        because = ""
+        plan, scale, size = self._state.plan, seen.noise_scale, memory.size
+        whole = [multiplied(plan.segments, start, one, plan.granule) for one in (before.size, size)]
+        was, now = (plan.size(min(one, control.limit or one)) for one in whole)
+        critical = belief(memory.intervals, control.prior).critical if control.prior else None
+        because = "" if critical is None else f" (critical batch {plan.size(round(critical))})"
         if scale is not None:
             because = f" (gradient noise scale {plan.size(round(scale))})" if scale < LARGEST else " (it is all noise)"
         text = f"control={control.name}: the global batch moves from {was} to {now} at sample {start:,}{because}"
         numbers = {
             "grad_sq": seen.grad_sq, "trace": seen.trace, "noise_scale": None if scale == math.inf else scale,
-            "loss": seen.loss, "step_s": seen.step_s, "growth": seen.growth,
+            "critical_batch": critical, "loss": seen.loss, "step_s": seen.step_s, "growth": seen.growth,
         }  # fmt: skip
         fields = {"controller": control.name, "before": before.size, "size": size, "start_sample": start}
         self._metrics.note("batch", text, **fields, measured_at=seen.samples, **numbers)
