@@ -17,7 +17,8 @@ LrMode = Literal["rule", "hold", "adascale"]
 AT_THE_LIMIT = Rule("linear")  # where the batch can't grow further, the LR decays (Smith et al. 2018, arXiv:1711.00489)
 
 
-class Belief(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Belief:
     """Hold what is known of the critical batch: its median in samples, and its standard deviation in doublings."""
 
     critical: Positive

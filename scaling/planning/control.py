@@ -108,7 +108,7 @@ def first_belief(config: RunConfig, wanted: Bandit, start: int) -> Belief:
 def _belief_of(plan: Mapping[str, Any]) -> Belief | None:
     """Return the belief with which the run of a plan began; None if it has none."""
     with suppress(KeyError, TypeError, ValueError):
-        critical, doublings = map(float, plan["control"]["prior"])
+        critical, doublings = (float(plan["control"]["prior"][name]) for name in ("critical", "doublings"))
         if 0 < critical <= LARGEST and 0 < doublings <= LARGEST:
             return Belief(critical, doublings)
     return None

@@ -104,6 +104,7 @@ def test_the_tested_plan_has_a_value_in_every_field() -> None:
         EnginePlacement,
         Intervals,
         Control,
+        Belief,
         type(FULL.base),
         type(FULL.schedule),
         type(FULL.optimizer),
