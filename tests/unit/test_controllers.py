@@ -264,7 +264,7 @@ def test_a_replay_takes_the_decisions_of_the_run(control: Control, found: list[M
     for index, measured in enumerate(found):
         seen = replace(measured, samples=(index + 1) * step * 64)
         start, before = seen.samples + control.every, memory
-        memory = observed(control, before, seen, int((total - start) / seen.growth))
+        memory = observed(control, before, seen, total - start)
         lines += [{"samples": seen.samples - 1, "loss": 0.5, "global_size": 64}, line_of(seen, memory, total - start)]
         if memory.size != before.size:
             decisions.append((start, memory.size))
