@@ -19,6 +19,7 @@ BY = {
     "noise": ("control=noise", "control.most=128", "control.lr=adascale"),
     "variance": ("control=variance", "control.most=100", "control.alpha=0.02", "control.lr=hold"),
     "goodput": ("control=goodput", "control.most=128", "control.half_speed=64", "lr.rule=sde"),
+    "bandit": ("control=bandit", "control.most=128", "control.per=second", "control.half_speed=64"),
 }
 
 
