@@ -12,6 +12,7 @@ from isobatch.scaling.rules import Rule
 from isobatch.scaling.schedule import Segment
 
 Kind = Literal["norm-test", "noise", "variance", "goodput", "bandit"]
+MOST_CHANGE = 2.0  # of one decision, since the noise scale is known to a factor of about 1.5
 FEWEST = 5  # measurements of the averages before the first decision
 LrMode = Literal["rule", "hold", "adascale"]
 AT_THE_LIMIT = Rule("linear")  # where the batch can't grow further, the LR decays (Smith et al. 2018, arXiv:1711.00489)

@@ -185,8 +185,9 @@ class Plan:
         assert self.control, "a plan without a controller takes no decisions"
         rule = self.segments[0].rule.later
         if self.control.lr == "hold":
-            rule = Rule("none", fixed=rule.fixed)
-        if self.control.lr == "adascale" and noise_scale:
+            rule = replace(rule, fixed=("lr", *rule.fixed))
+        if self.control.lr == "adascale":
+            assert noise_scale, "AdaScale needs the gradient noise scale"
             rule = Rule("noise", self.control.power, noise_scale, fixed=rule.fixed)
         return replace(self, decisions=(*self.decisions, Segment(start_sample, size, rule)))
 
@@ -352,6 +353,17 @@ class Plan:
     def settled(self) -> Plan:
         """Return the plan with its decisions so far as segments, and without a controller."""
         return replace(self, segments=tuple(part.alone for part in self._course), control=None, decisions=())
+
+    @property
+    def largest(self) -> int:
+        """Return the largest global batch, in samples, that a stage has or the controller may choose."""
+        most = (self.control.limit or self.control.most) if self.control else 0
+        return max(most, *(stage.cut.global_size for stage in self.stages))
+
+    def boundary(self, sample: int) -> int:
+        """Return the first step boundary at or after ``sample``, as planned so far."""
+        stage = self.stage_at(sample)
+        return sample + -(sample - stage.start) % stage.cut.global_size
 
     def dealt(self, world: int, per_gpu: int | None) -> Plan:
         """Return the plan on other hardware; only the cut of a step changes, not its micro-batches if bitwise."""

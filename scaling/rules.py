@@ -121,6 +121,8 @@ class Rule:
         move = Move(before, after, self.power or 0.0, self.noise_scale or 0.0)
         try:
             carried = self.law.carry(recipe, move)
+            if "lr" in self.fixed:  # before the weight decay, which depends on it
+                carried = replace(carried, lr=recipe.lr)
             if self.scale_weight_decay and carried.lr > 0:
                 carried = replace(carried, weight_decay=timescale(recipe, carried.lr, move))
         except OverflowError:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from isobatch.conf.controllers import Bandit, NoControl
-from isobatch.conf.existing import ever_trained
-from isobatch.conf.identity import run_directory
-from isobatch.conf.rundir.reading import read_run
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.batch_schedule import OF_THE_DATA
-from isobatch.scaling.control import FEWEST, Belief, Control
+from isobatch.scaling.control import FEWEST, MOST_CHANGE, Control
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.learned import belief, intervals_in
 from isobatch.scaling.limits import LARGEST
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.lengths import Lengths
+from isobatch.scaling.planning.prior import first_belief
 from isobatch.scaling.planning.sizes import in_samples, largest_for_decay, size_of_a_sample
 from isobatch.scaling.rules import make_rule
 from isobatch.scaling.units import Duration
 
-VAGUE = (4, 2.0)  # a critical batch of 4 times the first batch, within a factor of 4
-LEAST_DOUBLINGS = 1.0  # of what another run learned: its critical batch need not be this one's
 QUANTUM = 8  # samples: sizes that are multiples of it suit GPUs, and micro-batches of few sizes are compiled less often
 
 
@@ -81,39 +72,6 @@ def _size(config: RunConfig, name: str) -> int | None:
     return None if size is None else in_samples(config, f"control.{name}=", size)
 
 
-def first_belief(config: RunConfig, wanted: Bandit, start: int) -> Belief:
-    """Return what a bandit knows of the critical batch at the start of its run, whose first batch is ``start`` samples.
-
-    A run that has begun keeps what it began with. A new one takes over what the run in ``control.prior`` learned, or
-    nearly nothing.
-
-    Raises:
-        UserError: ``control.prior`` isn't the directory of a run that learned.
-    """
-    here = run_directory(config)
-    if ever_trained(here) and (known := _belief_of(read_run(here).plan)):
-        return known
-    if wanted.prior is None:
-        return Belief(float(min(VAGUE[0] * start, LARGEST)), VAGUE[1])
-    found = read_run(Path(os.path.expanduser(wanted.prior)))
-    prior = _belief_of(found.plan)
-    intervals = intervals_in(found.metrics)
-    if prior is None or not intervals:
-        problem = f"control.prior={wanted.prior} isn't a run that control=bandit trained"
-        raise UserError(problem, "name the directory of one, or leave it out", "control.prior", wanted.prior)
-    learned = belief(intervals, prior)
-    return Belief(learned.critical, max(LEAST_DOUBLINGS, learned.doublings))
-
-
-def _belief_of(plan: Mapping[str, Any]) -> Belief | None:
-    """Return the belief with which the run of a plan began; None if it has none."""
-    with suppress(KeyError, TypeError, ValueError):
-        critical, doublings = (float(plan["control"]["prior"][name]) for name in ("critical", "doublings"))
-        if 0 < critical <= LARGEST and 0 < doublings <= LARGEST:
-            return Belief(critical, doublings)
-    return None
-
-
 def _refuse_contradictions(config: RunConfig) -> None:
     """Raise UserError if another key contradicts a controller."""
     name, batch = config.control.name, config.batch
@@ -139,7 +97,9 @@ def _refuse_other_measurements(config: RunConfig, every: Duration) -> None:
     name = config.control.name
     if config.noise.every is not None:
         problem = f"control={name} measures the gradient noise itself, at control.every={every}"
-        raise UserError(problem, "leave noise.every out", "noise.every", config.noise.every)
+        raise UserError(
+            problem, "leave noise.every out; control.every takes its place", "noise.every", config.noise.every
+        )
     if config.batchnorm.mode == "sync":
         problem = (
             f"control={name} measures two halves of a step, of which batchnorm.mode=sync takes statistics, so "
@@ -151,11 +111,16 @@ def _refuse_other_measurements(config: RunConfig, every: Duration) -> None:
 def _refuse_too_few(config: RunConfig, plan: Plan, control: Control) -> None:
     """Raise UserError if the run ends before the controller's first decision takes effect."""
     needed = FEWEST + control.patience  # the last one passes until the decision takes effect
-    if plan.samples is None or plan.samples > needed * control.every:
+    apart = max(control.every, plan.cut.global_size)
+    if plan.samples is None or plan.samples > needed * apart:
         return
     every = f"control.every={getattr(config.control, 'every', '')} is {plan.size(control.every)}"
+    if apart > control.every:
+        every = f"a step is {plan.size(apart)}"
     problem = f"{every}, so the run of {plan.size(plan.samples)} ends before the first decision takes effect"
     fix = f"give at most {max(1, (plan.samples - 1) // needed)}sa, or a longer duration"
+    if apart > control.every:
+        fix = f"give a longer duration, more than {needed * apart}sa, or a smaller batch.global_size"
     raise UserError(problem, fix, "control.every")
 
 
@@ -171,6 +136,9 @@ def _refuse_bounds(plan: Plan, sizes: Mapping[str, int], limit: int | None) -> N
             size, first = plan.sized(sizes[key]), plan.sized(start)
             problem = f"control.{key}={size}, but the run starts with a batch of {first}"
             raise UserError(problem, f"give at {side} {first}, or another batch.global_size", f"control.{key}", size)
+    if sizes["least"] == most:
+        problem = f"control.least and control.most are both {plan.sized(start)}, so the batch can't move"
+        raise UserError(problem, f"give control.most={plan.sized(4 * start)}, for example", "control.most", start)
     if limit and most > limit:
         problem = (
             f"control.most={plan.sized(most)} is above {plan.sized(limit)}, up to which batch.schedule=doubling "
@@ -187,13 +155,22 @@ def _refuse_bounds(plan: Plan, sizes: Mapping[str, int], limit: int | None) -> N
 
 
 def _refuse_unfit(plan: Plan, control: Control) -> None:
-    """Raise UserError if the smallest or the largest batch can't be dealt, has no recipe, or can't be measured."""
+    """Raise UserError if no batch is near, or the smallest or largest can't be dealt, has no recipe, or no halves."""
+    start = plan.cut.global_size
+    if {control.allowed(start * MOST_CHANGE), control.allowed(start / MOST_CHANGE)} == {start}:
+        problem = (
+            f"control.quantum={plan.sized(control.quantum)} leaves no batch from half to twice the first one, "
+            f"{plan.sized(start)}, which is how far a decision goes"
+        )
+        fix = f"give control.quantum={plan.sized(max(plan.granule, start // 2 // plan.granule * plan.granule))} or less"
+        raise UserError(problem, fix, "control.quantum", plan.sized(control.quantum))
     for key in ("least", "most"):
         size = getattr(control, key)
         try:
-            stages = plan.decide(1, size).stages
+            stages = plan.decide(1, size, float(LARGEST)).stages
         except UserError as error:
-            raise UserError(f"control.{key}={plan.sized(size)}: {error.problem}", error.fix, f"control.{key}") from None
+            fix = error.fix.replace("use smaller stages", f"give a smaller control.{key}")
+            raise UserError(f"control.{key}={plan.sized(size)}: {error.problem}", fix, f"control.{key}") from None
         if control.by_noise and not all(plan.halves(stage.cut) for stage in (plan.stages[0], *stages)):
             wanted = "batch.global_size" if size == plan.cut.global_size else f"control.{key}"
             problem = f"control={control.name} measures two halves of a step, and {plan.size(size)} can't be halved"

@@ -8,13 +8,13 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from isobatch.scaling.control import FEWEST, Control
+from isobatch.scaling.control import FEWEST, MOST_CHANGE, Control
 from isobatch.scaling.geometry import Cut, counted
 from isobatch.scaling.plan import EnginePlacement, Plan, Source, Stage
 from isobatch.scaling.planning.advice import FEW, warnings
 from isobatch.scaling.planning.capabilities import BITWISE_COST
 from isobatch.scaling.rules import PARTS, Recipe
-from isobatch.scaling.tuning.controllers import CONTROLLERS, MOST_CHANGE
+from isobatch.scaling.tuning.controllers import CONTROLLERS
 
 WIDTHS = (60, 110)  # least and most columns of the table
 LABEL = 15
@@ -149,7 +149,7 @@ def _limits(plan: Plan, control: Control) -> str:
     if plan.samples is not None and not plan.decisions:
         fewest, most = (plan.decide(1, size).steps for size in (control.most, control.least))
         bounds += f", so {fewest:,} to {counted(most or 0, 'step')}"
-    first = control.every * (FEWEST + control.patience - 1)
+    first = max(control.every, plan.cut.global_size) * (FEWEST + control.patience - 1)
     decides = f"measured every {plan.size(control.every)}, decided from sample {first:,} on"
     memory = "" if plan.measures else f"; memory: that of {plan.size(plan.cut.per_gpu)} per GPU at most"
     return f"{bounds}; {decides}, at most × {MOST_CHANGE:g} at a time{memory}"

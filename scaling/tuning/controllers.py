@@ -19,13 +19,12 @@ from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Len
 
-from isobatch.scaling.control import FEWEST, Control
+from isobatch.scaling.control import FEWEST, MOST_CHANGE, Control
 from isobatch.scaling.learned import Interval, belief, trial_of
 from isobatch.scaling.limits import LARGEST, Count, Positive, Size
 
 LEAST_CHANGE = 1.125  # a smaller change isn't worth micro-batches of another size
 LATEST = 9  # times of a step that are remembered, of each batch
-MOST_CHANGE = 2.0  # of one decision, since φ itself is known to a factor of about 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,7 @@ class Measurement:
         grad_sq, trace: averages of |G|² and tr Σ.
         loss: mean loss over the samples since the previous measurement.
         step_s: seconds per step since then, if all of these steps had the same batch.
+        hardware: a number for the hardware that the steps are timed on; None if their time doesn't count.
     """
 
     samples: int
@@ -48,6 +48,7 @@ class Measurement:
     trace: float | None
     loss: float | None
     step_s: float | None
+    hardware: int | None = None
 
     @property
     def noise_scale(self) -> float | None:
@@ -73,7 +74,7 @@ class Memory:
         exact: the batch asked for last, before rounding.
         count: measurements so far.
         larger, smaller: measurements in a row, until the last one, that asked for a larger or smaller batch.
-        timed: speeds seen so far, by batch.
+        timed: speeds seen so far, by batch, on this ``hardware``.
         intervals: the losses seen so far, for bandit.
     """
 
@@ -83,6 +84,7 @@ class Memory:
     larger: Count = 0
     smaller: Count = 0
     timed: tuple[Timed, ...] = ()
+    hardware: Count | None = None
     intervals: tuple[Interval, ...] = ()
 
     def __post_init__(self) -> None:
@@ -211,7 +213,8 @@ def observed(control: Control, memory: Memory, seen: Measurement, rest: int) -> 
     memory = replace(
         memory,
         count=memory.count + 1,
-        timed=_timed(memory.timed, seen),
+        timed=_timed(memory.timed if seen.hardware == memory.hardware else (), seen),
+        hardware=seen.hardware,
         intervals=memory.intervals if controller.patient else _learned(memory.intervals, seen),
     )
     asked = None if memory.count < FEWEST else controller.ask(control, memory, seen)
@@ -256,6 +259,7 @@ def values(seen: Measurement, memory: Memory, rest: int) -> dict[str, float | No
         rest: see ``observed``; it is logged, since the run may be lengthened later.
     """
     numbers = {"size": memory.size, "asked": memory.exact, "growth": seen.growth, "rest": rest}
+    numbers |= {} if seen.hardware is None else {"hardware": seen.hardware}
     return {f"{PREFIX}{name}": value for name, value in (numbers | {"loss": seen.loss, "step_s": seen.step_s}).items()}
 
 
@@ -271,6 +275,7 @@ def measurement_of(line: Mapping[str, Any]) -> Measurement | None:
         trace=line.get("noise/trace"),
         loss=line[f"{PREFIX}loss"],
         step_s=line[f"{PREFIX}step_s"],
+        hardware=line.get(f"{PREFIX}hardware"),
     )
 
 

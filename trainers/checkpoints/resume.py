@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +76,7 @@ def resume(
     start.evaluation_owed = header.evaluation_owed
     start.noise = start.noise and (header.noise or start.noise)
     if start.control and header.control:
-        same = (plan.world, plan.per_gpu) == (header.plan.world, header.plan.per_gpu)
-        start.control = header.control if same else replace(header.control, timed=())  # of other hardware
+        start.control = header.control
     start.tally = header.tally or start.tally
     return start, found
 

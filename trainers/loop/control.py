@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from contextlib import suppress
 
 from isobatch.conf.rundir.directory import RunDir
@@ -18,6 +19,7 @@ from isobatch.scaling.tally import Interval
 from isobatch.scaling.tuning import controllers
 from isobatch.scaling.tuning.controllers import Measurement, Memory
 from isobatch.trainers.data.state import TrainState
+from isobatch.trainers.loop.hardware import device_name
 from isobatch.trainers.loop.metrics import Metrics
 from isobatch.trainers.ranks.world import World
 
@@ -30,6 +32,7 @@ class BatchControl:
 
     def __init__(self, state: TrainState, world: World, metrics: Metrics, run: RunDir | None) -> None:
         self._state, self._world, self._metrics, self._run = state, world, metrics, run
+        self._warm = False  # the first interval of an attempt isn't timed
 
     def due(self, step: Step) -> bool:
         """Return whether the controller measures ``step``."""
@@ -47,9 +50,9 @@ class BatchControl:
         start = step.stop + control.every
         seen, before = self._measurement(step, start), state.control
         assert state.plan.samples
-        rest = state.plan.samples - start
+        rest = state.plan.samples - state.plan.boundary(start)
         state.control = controllers.observed(control, before, seen, rest)
-        state.tally = state.tally.measured()
+        state.tally, self._warm = state.tally.measured(), True
         scale = seen.noise_scale
         if scale is not None:
             scale = min(max(scale, 1 / LARGEST), float(LARGEST))
@@ -69,7 +72,9 @@ class BatchControl:
         plan, noise, since = self._state.plan, self._state.noise, self._state.tally.controlled or Interval()
         known = noise is not None and noise.count > 0 and plan.control is not None and plan.control.by_noise
         steps, rest = divmod(since.samples, step.cut.global_size)
-        same = rest == 0 and plan.stage_at(step.stop - since.samples).cut == step.cut
+        stage, began = plan.stage_at(step.start), step.stop - since.samples
+        # the first steps of a stage wait for what is fetched or compiled anew
+        timed = self._warm and rest == 0 and began > stage.start and since.seconds > 0
         loss = since.mean_loss
         return Measurement(
             samples=step.stop,
@@ -78,8 +83,14 @@ class BatchControl:
             grad_sq=noise.grad_sq if noise and known else None,
             trace=noise.trace if noise and known else None,
             loss=loss if math.isfinite(loss) else None,
-            step_s=since.seconds / steps if same and steps and since.seconds > 0 else None,
+            step_s=since.seconds / steps if timed else None,
+            hardware=self._hardware() if plan.control and plan.control.by_clock else None,
         )
+
+    def _hardware(self) -> int:
+        """Return a number for the hardware that steps are timed on, as dealt."""
+        plan, device = self._state.plan, device_name(self._world.device)
+        return zlib.crc32(f"{device} {plan.world} {plan.per_gpu} {plan.engine.name}".encode())
 
     def _report(self, control: Control, seen: Measurement, before: Memory, memory: Memory, start: int) -> None:
         """Record a decision as an event, and the plan with it."""

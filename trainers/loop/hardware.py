@@ -90,3 +90,8 @@ def peak_tflops(name: str) -> tuple[float, float, float] | None:
     """
     words = set(name.replace("-", " ").split())
     return next((peaks for known, peaks in PEAK_TFLOPS.items() if words.issuperset(known.split())), None)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -60,5 +60,5 @@ def with_measured_size(session: Session, opened: Opened, run: RunDir) -> Opened 
 def most_of_a_rank(opened: Opened) -> int:
     """Return the most samples that a rank gets in a step: a larger per-GPU batch is of no use."""
     plan = opened.plan
-    granules = max(stage.cut.global_size for stage in plan.stages) // plan.granule
+    granules = plan.largest // plan.granule
     return -(-granules // plan.world) * plan.granule

@@ -14,6 +14,7 @@ import torch
 from isobatch.conf.existing import run_of
 from isobatch.conf.identity import digest, identity, values
 from isobatch.conf.rundir.reading import last_step
+from isobatch.trainers.loop.hardware import device_name
 from isobatch.trainers.tuning.bench import Bench
 from isobatch.trainers.tuning.meter import hardware_memory
 
@@ -60,11 +61,6 @@ def conditions_of(bench: Bench, part: str, before: Mapping[str, Any] | None = No
         weights = config.init_from and run_of(Path(config.init_from).expanduser())
         found["trained"] = last_step(weights or bench.run)
     return dict(bench.agree(found))
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a device's kind."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def cpu() -> dict[str, Any]:
