@@ -156,14 +156,6 @@ def _refuse_bounds(plan: Plan, sizes: Mapping[str, int], limit: int | None) -> N
 
 def _refuse_unfit(plan: Plan, control: Control) -> None:
     """Raise UserError if no batch is near, or the smallest or largest can't be dealt, has no recipe, or no halves."""
-    start = plan.cut.global_size
-    if {control.allowed(start * MOST_CHANGE), control.allowed(start / MOST_CHANGE)} == {start}:
-        problem = (
-            f"control.quantum={plan.sized(control.quantum)} leaves no batch from half to twice the first one, "
-            f"{plan.sized(start)}, which is how far a decision goes"
-        )
-        fix = f"give control.quantum={plan.sized(max(plan.granule, start // 2 // plan.granule * plan.granule))} or less"
-        raise UserError(problem, fix, "control.quantum", plan.sized(control.quantum))
     for key in ("least", "most"):
         size = getattr(control, key)
         try:
@@ -178,3 +170,11 @@ def _refuse_unfit(plan: Plan, control: Control) -> None:
             if plan.numerics == "bitwise":
                 fix = "give a smaller batch.per_gpu"
             raise UserError(problem, fix, wanted, plan.sized(size))
+    start = plan.cut.global_size
+    if {control.allowed(start * MOST_CHANGE), control.allowed(start / MOST_CHANGE)} == {start}:
+        problem = (
+            f"control.quantum={plan.sized(control.quantum)} leaves no batch from half to twice the first one, "
+            f"{plan.sized(start)}, which is how far a decision goes"
+        )
+        fix = f"give control.quantum={plan.sized(max(plan.granule, start // 2 // plan.granule * plan.granule))} or less"
+        raise UserError(problem, fix, "control.quantum", plan.sized(control.quantum))

@@ -49,7 +49,6 @@ def test_defaults() -> None:
     control = control_in(planned(*NOISE, *GHOST))
     assert (control.least, control.most, control.quantum) == (64, 400, 16)
     assert control_in(planned(*NOISE, *GHOST, train_samples=4090)).most == 400  # a tenth, in whole granules
-    assert control_in(planned(*NOISE, "batch.global_size=1000")).most == 1000  # the first batch, if that is more
     assert control_in(planned(*NOISE, *TOKENS)) == replace(control_in(planned(*NOISE)), every=200)
     given_in_tokens = ("control.least=16384", "control.most=65536", "control.quantum=8192")
     control = control_in(planned(*NOISE, *TOKENS, *given_in_tokens))
@@ -85,6 +84,12 @@ REJECTED: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
     "synchronised statistics": (("batchnorm.mode=sync",), "batchnorm.mode", ["ghost"]),
     "a lower bound above the start": (("control.least=65",), "control.least", ["65", "64"]),
     "both bounds above the start": (("control.least=500",), "control.least", ["500", "64"]),
+    "bounds without room": (("control.most=64",), "control.most", ["64", "256"]),
+    "a first batch above a tenth of the data": (("batch.global_size=1000",), "control.most", ["1000", "4000"]),
+    "a quantum that leaves no neighbour": (("control.quantum=256",), "control.quantum", ["256", "64", "32"]),
+    "no decision of so few steps": (
+        ("batch.global_size=300", "duration=2000sa", "control.every=1%"), "control.every", ["300", "2,000", "2100sa"]
+    ),
     "an upper bound below the start": (("control.most=63",), "control.most", ["63", "64"]),
     "bounds that exclude each other": (("control.least=65", "control.most=60"), "control.least", ["65"]),
     "an upper bound above the schedule's": (
@@ -141,7 +146,8 @@ def test_messages_equal_their_golden_file() -> None:
 def test_the_nearest_accepted_values() -> None:
     """Each is one step from a rejected one."""
     for overrides in (
-        ("control.least=64", "control.most=64"),
+        ("control.least=56", "control.most=64"),
+        ("control.quantum=32", "control.most=96"),
         ("control.least=2",),
         ("numerics=bitwise", "control.least=33"),
         (*GHOST, "control.least=32"),
@@ -179,7 +185,7 @@ def decided(draw: st.DrawFn) -> Plan:
         lr=draw(st.sampled_from(["rule", "hold", "adascale"])),
     )
     for start in sorted(draw(st.sets(st.integers(1, samples + 50), max_size=5))):
-        plan = plan.decide(start, draw(sizes), draw(st.none() | st.floats(1e-15, 1e15)))
+        plan = plan.decide(start, draw(sizes), draw(st.floats(1e-15, 1e15)))
     return plan
 
 
@@ -244,8 +250,8 @@ def test_the_recipe_follows_the_rule_from_the_first_batch(rule: Rule, lr: float,
         assert peak.lr == pytest.approx(lr)
         assert peak.betas == pytest.approx(betas)
         assert peak.ema == pytest.approx(0.99**4)
-    held = replace(start, control=replace(control_in(start), lr="hold")).decide(100, 128)
-    assert peaks(held)[-1] == (128, replace(ADAM, ema=pytest.approx(0.99**4)))
+        held = replace(start, control=replace(control_in(start), lr="hold")).decide(100, 128)
+        assert peaks(held)[-1] == (128, replace(peaks(start.decide(100, 128))[-1][1], lr=ADAM.lr))
     assert peaks(start.decide(100, 72).decide(300, 32))[-1] == (32, ADAM)
 
 
