@@ -12,7 +12,7 @@ from annotated_types import Len
 from isobatch.scaling.control import Control, Part, course_of
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import Cut, counted, halves, solve
-from isobatch.scaling.limits import Identity, Seed, Size, Text
+from isobatch.scaling.limits import LARGEST, Identity, Seed, Size, Text
 from isobatch.scaling.rules import OutOfRange, Recipe, Rule
 from isobatch.scaling.schedule import Schedule, Segment, boundaries
 
@@ -180,15 +180,14 @@ class Plan:
         """Return the plan with one more decision of the controller: the batch is ``size`` from ``start_sample`` on.
 
         Args:
-            noise_scale: in samples, for the LR of AdaScale.
+            noise_scale: in samples, for the LR of AdaScale; None: not known, so as if all were noise.
         """
         assert self.control, "a plan without a controller takes no decisions"
         rule = self.segments[0].rule.later
         if self.control.lr == "hold":
             rule = replace(rule, fixed=("lr", *rule.fixed))
         if self.control.lr == "adascale":
-            assert noise_scale, "AdaScale needs the gradient noise scale"
-            rule = Rule("noise", self.control.power, noise_scale, fixed=rule.fixed)
+            rule = Rule("noise", self.control.power, noise_scale or float(LARGEST), fixed=rule.fixed)
         return replace(self, decisions=(*self.decisions, Segment(start_sample, size, rule)))
 
     @property

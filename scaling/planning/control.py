@@ -10,7 +10,6 @@ from isobatch.conf.schema import RunConfig
 from isobatch.scaling.batch_schedule import OF_THE_DATA
 from isobatch.scaling.control import FEWEST, MOST_CHANGE, Control
 from isobatch.scaling.errors import UserError
-from isobatch.scaling.limits import LARGEST
 from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.lengths import Lengths
 from isobatch.scaling.planning.prior import first_belief
@@ -159,7 +158,7 @@ def _refuse_unfit(plan: Plan, control: Control) -> None:
     for key in ("least", "most"):
         size = getattr(control, key)
         try:
-            stages = plan.decide(1, size, float(LARGEST)).stages
+            stages = plan.decide(1, size).stages
         except UserError as error:
             fix = error.fix.replace("use smaller stages", f"give a smaller control.{key}")
             raise UserError(f"control.{key}={plan.sized(size)}: {error.problem}", fix, f"control.{key}") from None
