@@ -116,8 +116,10 @@ def course_of(segments: Sequence[Segment], decisions: Sequence[Segment], granule
         chosen = _at(decisions, start) if start >= decisions[0].start_sample else segments[0]
         whole = multiplied(segments, start, chosen.global_size, granule)
         size = min(whole, limit or whole)
-        moves = (chosen.rule, chosen.global_size), (segment.rule, whole), (AT_THE_LIMIT, size)
-        found.append(Part(Segment(start, size, segment.rule), moves[chosen is segments[0] :]))
+        moves: tuple[tuple[Rule, int], ...] = ((segment.rule, whole), (AT_THE_LIMIT, size))
+        if chosen is not segments[0]:
+            moves = ((chosen.rule, chosen.global_size), *moves)
+        found.append(Part(Segment(start, size, segment.rule), moves))
     return found
 
 

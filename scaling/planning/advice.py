@@ -192,7 +192,7 @@ def after_control(plan: Plan) -> str | None:
     hold = ["lr:hold"] if control.lr == "hold" else []
     text = " ".join(words + hold)
     return (
-        f"control={control.name} only let the batch grow, so a schedule would have done as well: "
+        f"control={control.name} only let the batch grow, which a schedule can do as well: "
         f'batch.schedule="{text}" is {exact} course without measurements'
     )
 

@@ -78,8 +78,8 @@ def _rows(plan: Plan, full: bool) -> Iterator[tuple[str, str]]:
     for number, stage in enumerate(_stages(plan)):
         yield "" if number else "then", stage
     if plan.control:
-        yield "control", _control(plan, plan.control)
-        yield "", _limits(plan, plan.control)
+        yield "control", _control(plan.control)
+        yield from (("", line) for line in _limits(plan, plan.control))
     yield "duration", _duration(plan)
     chosen, _, why = plan.optimizer.why.partition(": ")
     fixed, parts = plan.segments[0].rule.fixed, [(part, *one) for part in PARTS for one in named(plan.peak, part)]
@@ -134,25 +134,27 @@ def _stage(plan: Plan, stage: Stage) -> str:
     return f"{begins}: {_batch(plan, stage.cut)}, peak LR {stage.peak.lr:.6g}{moved}"
 
 
-def _control(plan: Plan, control: Control) -> str:
+def _control(control: Control) -> str:
     """Return how a controller moves the batch."""
     follows = {"rule": "the LR follows lr.rule", "hold": "the LR is held", "adascale": "the LR gains as in AdaScale"}
     timed = "; timed here, so the run depends on the hardware" if control.by_clock else ""
     return f"{control.name}: {CONTROLLERS[control.name].summary}; {follows[control.lr]}{timed}"
 
 
-def _limits(plan: Plan, control: Control) -> str:
-    """Return the bounds of a controller, the samples at which it decides, and what bounds its memory."""
+def _limits(plan: Plan, control: Control) -> Iterator[str]:
+    """Yield the bounds of a controller, the samples at which it decides, and what bounds its memory."""
     bounds = (
         f"{plan.sized(control.least):,} to {plan.size(control.most)}, in multiples of {plan.sized(control.quantum)}"
     )
     if plan.samples is not None and not plan.decisions:
         fewest, most = (plan.decide(1, size).steps for size in (control.most, control.least))
         bounds += f", so {fewest:,} to {counted(most or 0, 'step')}"
+    yield bounds
     first = max(control.every, plan.cut.global_size) * (FEWEST + control.patience - 1)
-    decides = f"measured every {plan.size(control.every)}, decided from sample {first:,} on"
-    memory = "" if plan.measures else f"; memory: that of {plan.size(plan.cut.per_gpu)} per GPU at most"
-    return f"{bounds}; {decides}, at most × {MOST_CHANGE:g} at a time{memory}"
+    yield f"measured every {plan.size(control.every)}, decided from sample {first:,} on, at most × {MOST_CHANGE:g} at a time"
+    if not plan.measures:
+        more = ", and one more gradient in measured steps" if control.by_noise else ""
+        yield f"memory: that of {plan.size(plan.cut.per_gpu)} per GPU at any batch{more}"
 
 
 def _micro_batches(plan: Plan) -> str:
@@ -163,7 +165,7 @@ def _micro_batches(plan: Plan) -> str:
 def _duration(plan: Plan) -> str:
     if plan.samples is None or plan.steps is None:
         return "unknown until the data is opened (plan.open_data=true opens it)"
-    text = f"{counted(plan.steps, 'step')}{' if the batch stays' * bool(plan.control)} = {plan.size(plan.samples)}"
+    text = f"{counted(plan.steps, 'step')}{' if the batch stays' * (plan.control is not None and not plan.decisions)} = {plan.size(plan.samples)}"
     if plan.epochs is not None and plan.train_samples is not None:
         text += f" = {plan.epochs:g} {'epoch' if plan.epochs == 1 else 'epochs'} of {plan.sized(plan.train_samples):,}"
     return text + (f"; the last step is whole, which adds {plan.size(plan.added)}" if plan.added else "")

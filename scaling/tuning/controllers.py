@@ -71,7 +71,7 @@ class Memory:
 
     Attributes:
         size: the batch chosen last, in samples.
-        exact: the batch asked for last, before rounding.
+        asked: the batch asked for last, before rounding.
         count: measurements so far.
         larger, smaller: measurements in a row, until the last one, that asked for a larger or smaller batch.
         timed: speeds seen so far, by batch, on this ``hardware``.
@@ -79,7 +79,7 @@ class Memory:
     """
 
     size: Size
-    exact: Positive
+    asked: Positive
     count: Count = 0
     larger: Count = 0
     smaller: Count = 0
@@ -128,7 +128,7 @@ def variance(control: Control, memory: Memory, seen: Measurement) -> float:
     """
     assert control.alpha
     assert seen.noise_scale is not None
-    return min(memory.exact, MOST_CHANGE * memory.size) + control.alpha * seen.noise_scale
+    return min(memory.asked, MOST_CHANGE * memory.size) + control.alpha * seen.noise_scale
 
 
 def goodput(control: Control, memory: Memory, seen: Measurement) -> float:
@@ -220,12 +220,12 @@ def observed(control: Control, memory: Memory, seen: Measurement, rest: int) -> 
     asked = None if memory.count < FEWEST else controller.ask(control, memory, seen)
     if asked is None:
         return memory
-    exact = min(max(asked, control.least, memory.size / MOST_CHANGE), control.most, memory.size * MOST_CHANGE)
-    change = exact / memory.size
+    within = min(max(asked, control.least, memory.size / MOST_CHANGE), control.most, memory.size * MOST_CHANGE)
+    change = within / memory.size
     larger = memory.larger + 1 if change >= LEAST_CHANGE else 0
     smaller = memory.smaller + 1 if change <= 1 / LEAST_CHANGE else 0
-    memory = replace(memory, exact=exact, larger=larger, smaller=smaller)
-    size = control.allowed(exact)
+    memory = replace(memory, asked=within, larger=larger, smaller=smaller)
+    size = control.allowed(within)
     step = min(size * seen.growth, control.limit or math.inf)
     patience = control.patience if controller.patient else 1
     if max(larger, smaller) < patience or size == memory.size or step > rest:
@@ -258,7 +258,7 @@ def values(seen: Measurement, memory: Memory, rest: int) -> dict[str, float | No
     Args:
         rest: see ``observed``; it is logged, since the run may be lengthened later.
     """
-    numbers = {"size": memory.size, "asked": memory.exact, "growth": seen.growth, "rest": rest}
+    numbers = {"size": memory.size, "asked": memory.asked, "growth": seen.growth, "rest": rest}
     numbers |= {} if seen.hardware is None else {"hardware": seen.hardware}
     return {f"{PREFIX}{name}": value for name, value in (numbers | {"loss": seen.loss, "step_s": seen.step_s}).items()}
 

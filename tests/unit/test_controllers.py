@@ -49,7 +49,7 @@ def ready(size: int = 64, **changes: Any) -> Memory:
 
 
 def asked(control: Control, seen: Measurement, memory: Memory) -> float:
-    return observed(control, memory, seen, ROOM).exact
+    return observed(control, memory, seen, ROOM).asked
 
 
 # ---- formulas; φ is 100 samples unless a case says otherwise
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Control, Measurement, Memory, float]] = {
     "noise, only noise": (control_of("noise"), seen_of(grad_sq=0.0), ready(100), 200.0),
     "noise, no noise": (control_of("noise"), seen_of(trace=0.0), ready(100), 50.0),
     "variance": (control_of("variance"), seen_of(), ready(64), 114.0),  # 64 + 0.5·100
-    "variance adds to what it asked for": (control_of("variance"), seen_of(), ready(64, exact=70.5), 120.5),
+    "variance adds to what it asked for": (control_of("variance"), seen_of(), ready(64, asked=70.5), 120.5),
     "variance never shrinks": (control_of("variance", alpha=1e-6), seen_of(), ready(64), 64.0001),
     "variance, only noise": (control_of("variance"), seen_of(grad_sq=-1.0), ready(64), 128.0),
     "goodput": (control_of("goodput", half_speed=49.0), seen_of(), ready(64), 70.0),  # √(49·100)
@@ -125,7 +125,7 @@ def test_a_decision_is_at_most_twice_and_at_least_half(
 ) -> None:
     """Also if the time of a step is in proportion to the batch, or doesn't depend on it."""
     memory = observed(control_of(name), ready(64, timed=timed), seen_of(grad_sq, trace), ROOM)
-    assert 32 <= memory.exact <= 128
+    assert 32 <= memory.asked <= 128
     assert 32 <= memory.size <= 128
 
 
@@ -147,7 +147,7 @@ def test_a_small_change_is_none() -> None:
     for scale in (64 * LEAST_CHANGE - 1e-9, 64 / LEAST_CHANGE + 1e-9):
         memory = observed(control_of(factor=1.0), ready(64), seen_of(trace=scale), ROOM)
         assert (memory.size, memory.larger, memory.smaller) == (64, 0, 0)
-        assert memory.exact == scale
+        assert memory.asked == scale
     assert observed(control_of(factor=1.0), ready(64), seen_of(trace=64 * LEAST_CHANGE), ROOM).size == 72
     assert observed(control_of(factor=1.0), ready(72), seen_of(trace=72 / LEAST_CHANGE), ROOM).size == 64
 
@@ -176,7 +176,7 @@ def test_a_batch_that_the_rest_of_the_run_does_not_hold_is_not_chosen(room: int,
 def test_a_measurement_that_no_decision_follows_keeps_what_was_asked() -> None:
     memory = observed(control_of("variance", alpha=0.05, patience=2), ready(64), seen_of(), ROOM)
     memory = observed(control_of("variance", alpha=0.05, patience=2), memory, seen_of(), ROOM)
-    assert memory.exact == 64 + 2 * 0.05 * 100
+    assert memory.asked == 64 + 2 * 0.05 * 100
 
 
 # ---- speed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -79,7 +80,7 @@ def test_trials_are_above_and_below_the_best_batch(changes: dict[str, Any], best
 def test_trials_grow_with_the_run() -> None:
     starts = [count for count in range(201) if trial_of(count)]
     assert starts[:4] == [5, 7, 9, 12]
-    assert all(later >= 1.25 * start for start, later in zip(starts, starts[1:], strict=False))
+    assert all(later >= 1.25 * start for start, later in pairwise(starts))
     assert [trial_of(start) for start in starts[:8]] == [1, -1, -1, 1, 1, -1, -1, 1]
 
 
