@@ -151,7 +151,8 @@ def _limits(plan: Plan, control: Control) -> Iterator[str]:
         bounds += f", so {fewest:,} to {counted(most or 0, 'step')}"
     yield bounds
     first = max(control.every, plan.cut.global_size) * (FEWEST + control.patience - 1)
-    yield f"measured every {plan.size(control.every)}, decided from sample {first:,} on, at most × {MOST_CHANGE:g} at a time"
+    decides = f"decided from sample {first:,} on, at most × {MOST_CHANGE:g} at a time"
+    yield f"measured every {plan.size(control.every)}, {decides}"
     if not plan.measures:
         more = ", and one more gradient in measured steps" if control.by_noise else ""
         yield f"memory: that of {plan.size(plan.cut.per_gpu)} per GPU at any batch{more}"
@@ -165,7 +166,8 @@ def _micro_batches(plan: Plan) -> str:
 def _duration(plan: Plan) -> str:
     if plan.samples is None or plan.steps is None:
         return "unknown until the data is opened (plan.open_data=true opens it)"
-    text = f"{counted(plan.steps, 'step')}{' if the batch stays' * (plan.control is not None and not plan.decisions)} = {plan.size(plan.samples)}"
+    stays = " if the batch stays" if plan.control and not plan.decisions else ""
+    text = f"{counted(plan.steps, 'step')}{stays} = {plan.size(plan.samples)}"
     if plan.epochs is not None and plan.train_samples is not None:
         text += f" = {plan.epochs:g} {'epoch' if plan.epochs == 1 else 'epochs'} of {plan.sized(plan.train_samples):,}"
     return text + (f"; the last step is whole, which adds {plan.size(plan.added)}" if plan.added else "")
