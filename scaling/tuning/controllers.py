@@ -52,9 +52,11 @@ class Measurement:
 
     @property
     def noise_scale(self) -> float | None:
-        """Return φ in samples; infinite while noise hides |G|², None if it wasn't measured."""
+        """Return φ in samples; infinite while noise hides |G|², 0 without noise, None if it wasn't measured."""
         if self.grad_sq is None or self.trace is None:
             return None
+        if not self.trace:
+            return 0.0
         return self.trace / self.grad_sq if self.grad_sq > 0 else math.inf
 
 

@@ -102,3 +102,22 @@ def test_a_lengthened_run_keeps_its_decisions(runs: Runs, monkeypatch: pytest.Mo
     assert decisions(run)[0] == (112, 28)
     assert decisions(run)[1][0] > 504
     assert replayed(run) == decisions(run)
+
+
+def test_only_steps_of_one_size_on_one_hardware_are_timed(runs: Runs) -> None:
+    """The first ones of an attempt and of a stage wait for more than later ones; a replay forgets as the run does."""
+    keys = (*TASK, *CONTROL, "control=goodput", "control.most=128", "control.lr=hold")
+    run = runs(1, *keys, stop_at=60)
+    run = runs(1, *keys, "batch.per_gpu=5", resume=run)
+    assert run.ends[0]["state"] == "finished", run.log()
+    lines = [line for line in run.metrics() if "control/size" in line]
+    numbers = [line["control/hardware"] for line in lines]
+    assert len(set(numbers)) == 2
+    first = [index for index, number in enumerate(numbers) if index == 0 or number != numbers[index - 1]]
+    resized = [
+        index for index in range(1, len(lines)) if lines[index]["global_size"] != lines[index - 1]["global_size"]
+    ]
+    assert resized
+    assert all(lines[index]["control/step_s"] is None for index in (*first, *resized))
+    assert any(line["control/step_s"] for line in lines)
+    assert replayed(run) == decisions(run)

@@ -341,3 +341,15 @@ def test_decisions_rise_and_need_a_controller() -> None:
             plan.decide(start, 64)
     with pytest.raises(ValueError, match="decisions"):
         replace(planned(*TASK, *SIZES), decisions=(Segment(5000, 128, Rule("none")),))
+
+
+def test_the_largest_batch_counts_what_the_controller_may_choose() -> None:
+    """``batch.per_gpu=auto`` looks for the memory of that."""
+    assert planned(*NOISE).largest == 400
+    assert planned(*NOISE, "batch.schedule=doubling to:256", "control.most=128").largest == 256
+    assert planned(*NOISE, "control.most=128").largest == 128
+
+
+def test_the_next_step_boundary() -> None:
+    plan = planned(*NOISE).decide(100, 96)
+    assert [plan.boundary(sample) for sample in (0, 1, 128, 129, 224, 225)] == [0, 64, 128, 224, 224, 320]

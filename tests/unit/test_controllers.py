@@ -272,3 +272,20 @@ def test_a_replay_takes_the_decisions_of_the_run(control: Control, found: list[M
             assert memory.size in (control.least, control.most) or memory.size % control.quantum == 0
             assert start + memory.size * seen.growth <= total
     assert replay(control, 64, lines) == decisions
+
+
+@pytest.mark.parametrize("grad_sq", [0.0, 1.0])
+def test_a_gradient_without_noise_asks_for_no_larger_batch(grad_sq: float) -> None:
+    """Such as that of a model whose units are all dead."""
+    for name in ("norm-test", "noise", "variance", "goodput"):
+        assert asked(control_of(name), seen_of(grad_sq, 0.0), ready(64)) <= 64
+
+
+def test_speeds_of_other_hardware_are_forgotten() -> None:
+    control, memory = control_of("goodput"), first_memory(32)
+    for number, hardware in enumerate((1, 1, 2), 1):
+        seen = seen_of(samples=number * 100, global_size=32 * number, step_s=0.1 * number, hardware=hardware)
+        memory = observed(control, memory, seen, ROOM)
+    assert memory.timed == (Timed(96, (pytest.approx(0.3),)),)
+    line = json.loads(json.dumps({"samples": 300, "global_size": 96, **values(seen, memory, 1)}))
+    assert measurement_of(line) == replace(seen, grad_sq=None, trace=None)
