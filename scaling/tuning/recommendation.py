@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from isobatch.scaling.limits import LARGEST
+from isobatch.scaling.plan import Plan
+from isobatch.scaling.tuning.controllers import Timed, half_speed_of
 from isobatch.scaling.tuning.speed import Speed
 from isobatch.scaling.tuning.witnesses import Stretches, Witness, agreement
 
@@ -199,3 +202,12 @@ def _fastest(rows: Sequence[Prediction], own: float, speed: Speed) -> tuple[Pred
 
 def _nearest(rows: Sequence[Prediction], own: float) -> Prediction:
     return min(rows, key=lambda row: (round(abs(math.log(row.global_size / own)), 9), row.global_size))
+
+
+def moving(plan: Plan, rows: Sequence[Prediction]) -> str:
+    """Return the keys of a batch that moves for this hardware; "" where the times of steps aren't known."""
+    half = half_speed_of([Timed(row.global_size, (row.step_ms,)) for row in rows if row.step_ms])
+    if half is None or not 1 < half < LARGEST:
+        return ""
+    speed = f"half of this hardware's highest samples/s is reached at a batch of about {plan.size(round(half))}"
+    return f"{speed}: control=goodput control.half_speed={plan.sized(round(half))} moves the batch while it trains"

@@ -20,7 +20,7 @@ from isobatch.scaling.errors import UserError
 from isobatch.scaling.geometry import solve
 from isobatch.scaling.planning.resolve import resolve
 from isobatch.scaling.report.tuning import picture_of
-from isobatch.scaling.tuning.recommendation import candidates, recommend
+from isobatch.scaling.tuning.recommendation import Prediction, candidates, moving, recommend
 from isobatch.scaling.tuning.results import Results
 from isobatch.scaling.tuning.speed import Speed, Timed, known_speed, sizes_to_time, unknown, without_slow_rounds
 from isobatch.scaling.tuning.witnesses import Witness, agreement, law_compared, over_run, unknowns
@@ -454,3 +454,13 @@ def test_a_part_with_other_content_is_left_out_of_the_picture(part: str) -> None
     picture = picture_of({**tuned_parts(), part: {"course": 3, "sizes": [{}], "predictions": [1]}})
     assert picture is not None
     assert len(picture.panels) == {"speed": 3, "noise": 3, "recommendation": 2}[part]
+
+
+def test_the_batch_of_half_speed_stands_beside_a_recommendation() -> None:
+    """Steps that take 2 ms and 1 ms per 100 samples reach half of the highest speed at 200."""
+    plan = resolve(compose(["task=text", "batch.unit=tokens", "batch.global_size=4096"]), 1)
+    rows = [Prediction(size, size, 1, 0.1, None, None, None, 2 + size / 100) for size in (64, 128, 256)]
+    assert "control=goodput control.half_speed=12800 " in moving(plan, rows)
+    unknown_times = [replace(row, step_ms=None) for row in rows[1:]]
+    assert moving(plan, [rows[0], *unknown_times]) == ""
+    assert moving(plan, [replace(row, step_ms=1.0) for row in rows]) == ""  # overhead alone

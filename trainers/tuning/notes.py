@@ -10,7 +10,7 @@ from isobatch.scaling.plan import Plan
 from isobatch.scaling.planning.advice import untuned_base
 from isobatch.scaling.report.grid import rounded
 from isobatch.scaling.rules import OutOfRange
-from isobatch.scaling.tuning.recommendation import Prediction, Recommendation, mean_batch
+from isobatch.scaling.tuning.recommendation import Prediction, Recommendation, mean_batch, moving
 from isobatch.scaling.tuning.speed import AGAIN, known_speed, unknown
 from isobatch.scaling.tuning.witnesses import law_compared, stretches_of, unknowns
 from isobatch.trainers.tuning.bench import Bench
@@ -27,7 +27,8 @@ def notes_on(found: Recommendation, bench: Bench, parts: Results, most: int) -> 
     """
     plan = bench.opened.plan
     notes = (untuned_base(plan), larger_lr(plan, parts), of_speed(parts), lr_limit(bench, parts, found.best),
-             beside_law(parts, found), of_schedule(plan, parts), edge(bench, parts, found, most))  # fmt: skip
+             beside_law(parts, found), of_schedule(plan, parts), edge(bench, parts, found, most),
+             moving(plan, found.rows))  # fmt: skip
     return [note for note in notes if note] + unknowns(parts.get("noise", {}), parts.get("branch", {}))
 
 
