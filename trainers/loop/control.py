@@ -63,7 +63,7 @@ class BatchControl:
         return controllers.values(seen, state.control, rest)
 
     def finished(self) -> None:
-        """Say, at the end of the run, whether a schedule would have done as well."""
+        """Report, at the end of the run, whether a schedule can do as well."""
         if advice := after_control(self._state.plan):
             self._metrics.note("advice", advice)
 
@@ -100,7 +100,7 @@ class BatchControl:
         critical = belief(memory.intervals, control.prior).critical if control.prior else None
         because = "" if critical is None else f" (critical batch {plan.size(round(critical))})"
         if scale is not None:
-            because = f" (gradient noise scale {plan.size(round(scale))})" if scale < LARGEST else " (it is all noise)"
+            because = f" (gradient noise scale {plan.size(round(scale))})" if scale < LARGEST else " (noise hides the gradient)"
         text = f"control={control.name}: the global batch moves from {was} to {now} at sample {start:,}{because}"
         numbers = {
             "grad_sq": seen.grad_sq, "trace": seen.trace, "noise_scale": None if scale == math.inf else scale,
