@@ -28,6 +28,8 @@ _KEYS = {
     "batch.global_size=<128>": "train_batch_size global_batch_size total_batch_size effective_batch_size",
     "batch.per_gpu=<32>": "per_device_train_batch_size micro_batch_size train_micro_batch_size_per_gpu "
     "batch_size_per_gpu per_gpu_batch_size device_batch_size",
+    "control.most=<512>, with control=noise": "control.max control.max_batch",
+    "control.least=<32>, with control=noise": "control.min control.min_batch",
     "batch.accumulation=<4>": "gradient_accumulation_steps accumulate_grad_batches grad_accum_steps accum grad_accum",
     "optimizer.weight_decay=<0.01>": "weight_decay wd",
     "optimizer.momentum=<0.9>": "momentum",

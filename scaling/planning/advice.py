@@ -164,7 +164,7 @@ def _linear_control(plan: Plan) -> str | None:
         return None
     return (
         f"control={plan.control.name} with lr.rule=linear: where the loss stalls, noise dominates, the batch grows at "
-        "once, and the LR with it, which can diverge; lr.rule=sqrt or control.lr=adascale grow it less"
+        "once, and the LR with it, which can diverge; lr.rule=sqrt grows it less"
     )
 
 

@@ -57,6 +57,9 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
         prior=prior,
         **own,
     )
+    if control.by_clock and plan.numerics == "bitwise":
+        problem = f"numerics=bitwise, but control={control.name} decides by the speed of the hardware"
+        raise UserError(problem, "give control.half_speed (action=tune names it)", "control.half_speed")
     if control.by_noise:
         _refuse_other_measurements(config, wanted.every)
     _refuse_too_few(config, plan, control)
@@ -175,5 +178,5 @@ def _refuse_unfit(plan: Plan, control: Control) -> None:
             f"control.quantum={plan.sized(control.quantum)} leaves no batch from half to twice the first one, "
             f"{plan.sized(start)}, which is how far a decision goes"
         )
-        fix = f"give control.quantum={plan.sized(max(plan.granule, start // 2 // plan.granule * plan.granule))} or less"
+        fix = f"give control.quantum={plan.sized(start)} or less"
         raise UserError(problem, fix, "control.quantum", plan.sized(control.quantum))

@@ -36,7 +36,11 @@ def first_belief(config: RunConfig, wanted: Bandit, start: int) -> Belief:
         return known
     if wanted.prior is None:
         return Belief(float(min(VAGUE[0] * start, LARGEST)), VAGUE[1])
-    found = read_run(Path(os.path.expanduser(wanted.prior)))
+    directory = Path(os.path.expanduser(wanted.prior))
+    if not directory.is_dir():
+        problem = f"control.prior={wanted.prior} doesn't exist"
+        raise UserError(problem, "name a run directory, or leave it out", "control.prior", wanted.prior)
+    found = read_run(directory)
     prior = _belief_of(found.plan)
     intervals = intervals_in(found.metrics)
     if prior is None or not intervals:

@@ -150,9 +150,13 @@ def _limits(plan: Plan, control: Control) -> Iterator[str]:
         fewest, most = (plan.decide(1, size).steps for size in (control.most, control.least))
         bounds += f", so {fewest:,} to {counted(most or 0, 'step')}"
     yield bounds
-    first = max(control.every, plan.cut.global_size) * (FEWEST + control.patience - 1)
+    patience = control.patience if CONTROLLERS[control.name].patient else 1
+    first = max(control.every, plan.cut.global_size) * (FEWEST + patience - 1)
     decides = f"decided from sample {first:,} on, at most × {MOST_CHANGE:g} at a time"
     yield f"measured every {plan.size(control.every)}, {decides}"
+    if control.prior:
+        critical, within = plan.size(round(control.prior.critical)), 2**control.prior.doublings
+        yield f"starts from a critical batch of {critical}, within a factor of {within:.3g}"
     if not plan.measures:
         more = ", and one more gradient in measured steps" if control.by_noise else ""
         yield f"memory: that of {plan.size(plan.cut.per_gpu)} per GPU at any batch{more}"

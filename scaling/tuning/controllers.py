@@ -142,7 +142,7 @@ def goodput(control: Control, memory: Memory, seen: Measurement) -> float:
     Source: Qiao et al. 2021 (Pollux, OSDI); h is Hockney's n½.
     """
     assert seen.noise_scale is not None
-    half = half_speed_of(memory.timed) if control.half_speed is None else control.half_speed
+    half = half_speed_in(control, memory)
     return math.sqrt((memory.size if half is None else half / seen.growth) * seen.noise_scale)
 
 
@@ -157,11 +157,18 @@ def bandit(control: Control, memory: Memory, seen: Measurement) -> float | None:
         return None
     assert control.prior
     critical = belief(memory.intervals, control.prior).critical
-    half = half_speed_of(memory.timed) if control.half_speed is None else control.half_speed
     best = critical / 4
     if control.per == "second":
+        half = half_speed_in(control, memory)
         best = math.sqrt(critical * (memory.size if half is None else half / seen.growth))
     return best * 2 ** (trial / 2)
+
+
+def half_speed_in(control: Control, memory: Memory) -> float | None:
+    """Return h in samples, as given or timed; None if it isn't known, or isn't used."""
+    if control.half_speed is not None or not control.by_clock:
+        return control.half_speed
+    return half_speed_of(memory.timed)
 
 
 def half_speed_of(timed: Iterable[Timed]) -> float | None:

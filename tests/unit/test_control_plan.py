@@ -86,7 +86,7 @@ REJECTED: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
     "both bounds above the start": (("control.least=500",), "control.least", ["500", "64"]),
     "bounds without room": (("control.most=64",), "control.most", ["64", "256"]),
     "a first batch above a tenth of the data": (("batch.global_size=1000",), "control.most", ["1000", "4000"]),
-    "a quantum that leaves no neighbour": (("control.quantum=256",), "control.quantum", ["256", "64", "32"]),
+    "a quantum that leaves no neighbour": (("control.quantum=256",), "control.quantum", ["256", "64"]),
     "no decision of so few steps": (
         ("batch.global_size=300", "duration=2000sa", "control.every=1%"), "control.every", ["300", "2,000", "2100sa"]
     ),
@@ -99,6 +99,9 @@ REJECTED: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
     ),
     "a lower bound of parts of granules": ((*GHOST, "control.least=40"), "control.least", ["40", "16", "32"]),
     "an upper bound of parts of granules": ((*GHOST, "control.most=100"), "control.most", ["100", "16", "96"]),
+    "a clock beside bitwise numerics": (
+        ("control=goodput", "numerics=bitwise", "batch.per_gpu=16"), "control.half_speed", ["bitwise", "goodput"]
+    ),
     "a quantum of parts of granules": ((*GHOST, "control.quantum=24"), "control.quantum", ["24", "16", "32"]),
     "a batch of one": (("control.least=1",), "control.least", ["1", "2"]),
     "a batch of one granule": ((*GHOST, "control.least=16"), "control.least", ["16", "32"]),

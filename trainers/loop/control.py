@@ -98,10 +98,17 @@ class BatchControl:
         whole = [multiplied(plan.segments, start, one, plan.granule) for one in (before.size, size)]
         was, now = (plan.size(min(one, control.limit or one)) for one in whole)
         critical = belief(memory.intervals, control.prior).critical if control.prior else None
-        because = "" if critical is None else f" (critical batch {plan.size(round(critical))})"
+        because = ["a trial", f"critical batch {plan.size(round(critical))}"] if critical else []
         if scale is not None:
-            because = f" (gradient noise scale {plan.size(round(scale))})" if scale < LARGEST else " (noise hides the gradient)"
-        text = f"control={control.name}: the global batch moves from {was} to {now} at sample {start:,}{because}"
+            hidden = "noise hides the gradient"
+            because.append(f"gradient noise scale {plan.size(round(scale))}" if scale < LARGEST else hidden)
+        half = controllers.half_speed_in(control, memory)
+        because += [f"half speed at {plan.size(round(half))}"] if half else []
+        moves = f"moves from {was} to {now}"
+        if was == now:
+            moves = f"stays at its limit of {now}, and the LR follows a batch of {plan.size(size)},"
+        begins = plan.stage_at(plan.boundary(start)).start
+        text = f"control={control.name}: the global batch {moves} at sample {begins:,} ({', '.join(because)})"
         numbers = {
             "grad_sq": seen.grad_sq, "trace": seen.trace, "noise_scale": None if scale == math.inf else scale,
             "critical_batch": critical, "loss": seen.loss, "step_s": seen.step_s, "growth": seen.growth,
