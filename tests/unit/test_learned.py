@@ -160,7 +160,7 @@ def test_a_run_without_experience_is_rejected(tmp_path: Path, damage: str) -> No
             (other / "plan.json").write_text(
                 json.dumps(plan | {"control": {"prior": {"critical": -1, "doublings": 1}}})
             )
-    with pytest.raises(UserError, match="isn't a run that control=bandit trained|doesn't exist") as raised:
+    with pytest.raises(UserError, match=r"isn't a run that control=bandit trained|doesn't exist") as raised:
         plan_of(f"control.prior={other}")
     assert raised.value.key == "control.prior"
 
