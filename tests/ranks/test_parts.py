@@ -327,7 +327,8 @@ def test_metrics_are_valid_json_if_values_are_not_finite(runs: Runs) -> None:
 def test_plain_lines_show_the_loss_with_an_evaluation_of_the_same_step(capsys: pytest.CaptureFixture[str]) -> None:
     lines = PlainLines(TrainState(plan()))
     for step in (3, 4):
-        logged = {"step": step, "samples": 64 * step, "epoch": 0.4, "loss": 0.5, "lr": 0.1, "samples_per_s": 1.0}
+        logged = {"step": step, "samples": 64 * step, "epoch": 0.4, "loss": 0.5, "lr": 0.1, "samples_per_s": 1.0,
+                  "global_size": 64}  # fmt: skip
         lines.step(logged)
         lines.evaluation({"step": 4, "samples": 256, "epoch": 0.5, "val/loss": 0.25})
     evaluations = [line for line in capsys.readouterr().out.splitlines() if "val/loss" in line]

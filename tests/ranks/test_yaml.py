@@ -23,7 +23,21 @@ def named(file: Path) -> str:
     return f"{file.parent.name}/{file.stem}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.parent.name != "cluster"], ids=named)
+CONTROLLERS = [file for file in FILES if file.parent.name == "control" and file.stem != "none"]
+CONTROLLED = [HERE / "experiment" / f"{name}.yaml" for name in ("images_variance", "text_norm_test")]
+ONE_STEP = [file for file in FILES if file.parent.name != "cluster" and file not in (*CONTROLLERS, *CONTROLLED)]
+
+
+@pytest.mark.parametrize("file", [*CONTROLLERS, *CONTROLLED], ids=named)
+def test_controller_runs_until_it_decides(runs: Runs, file: Path) -> None:
+    """A run that ends before is rejected."""
+    sizes = ("batch.global_size=32", "batch.per_gpu=32", "control.every=32sa", "control.most=64", "duration=320sa")
+    run = runs(1, f"{file.parent.name}={file.stem}", *sizes, "lr.warmup=0", "evaluate.samples=10")
+    assert run.ends[0].get("state") == "finished", run.ends[0]
+    assert len([line for line in run.metrics() if "control/size" in line]) > 5
+
+
+@pytest.mark.parametrize("file", ONE_STEP, ids=named)
 def test_file_runs_for_one_step(runs: Runs, file: Path) -> None:
     group, name = file.parent.name, file.stem
     run = runs(1, f"{group}={name}", *WITH.get(named(file), ()), "duration=1st", "lr.warmup=0", "batch.schedule=null")
