@@ -22,6 +22,7 @@ from benchmarks import (
     bitwise,
     branch,
     checkpoints,
+    control,
     critical,
     engines,
     far,
@@ -219,6 +220,27 @@ PARTS = {
         branch.rows_of_text,
         "The task and the target of *Steps to a target, by batch, of a language model*, and beside it the fit of that "
         f"table: runs of {branch.TEXT_SAMPLES:,} samples at 32, otherwise as above.",
+    ),
+    "control": Part(
+        "Batches that move by measurement",
+        control.rows,
+        f"AdamW, clipping, the LR tuned at a batch of {control.START}, carried by the √ rule, constant after its "
+        "warmup; until the validation loss of the averaged weights (`ema=2000sa`) is "
+        + ", ".join(f"{one.target:g} (`{task}`)" for task, one in control.SETTINGS.items())
+        + ", interpolated between evaluations. *Cost*: the sum over the steps of 1 + batch/"
+        f"{control.HALF_SPEED}, as on hardware that reaches half of its speed at {control.HALF_SPEED}. `images` has a "
+        f"convolutional net without BatchNorm. Controllers start at {control.START}, and know the {control.HALF_SPEED} "
+        "where they need a speed. The curriculum is planned for as many samples as the controlled runs, doubling (in "
+        "place of a cosine decay) for fewer, at whose end the LR has decayed. Means ± standard deviations over "
+        f"{len(control.SEEDS)} seeds, none of which was used to choose settings. Ratios are of runs with the same seed; "
+        "*all three*: geometric means over the tasks.",
+    ),
+    "control-decay": Part(
+        "Batches that move while the LR decays",
+        control.rows_of_decay,
+        "The tasks and base LRs of the table above, without averaged weights: whole runs with a cosine decay, or with "
+        "batches that double in its place. Aims: by doubling at most "
+        f"{control.AIM_OF_DOUBLING:g} × the cost at 1 % more loss, and less than that together with a controller.",
     ),
     "large": Part(
         "A large batch, without and with a rule",
