@@ -232,8 +232,8 @@ PARTS = {
         f"convolutional net without BatchNorm. Controllers start at {control.START}, and know the {control.HALF_SPEED} "
         "where they need a speed. The curriculum is planned for as many samples as the controlled runs, doubling (in "
         "place of a cosine decay) for fewer, at whose end the LR has decayed. Means ± standard deviations over "
-        f"{len(control.SEEDS)} seeds, none of which was used to choose settings. Ratios are of runs with the same seed; "
-        "*all three*: geometric means over the tasks.",
+        f"{len(control.SEEDS)} seeds, none of which was used to choose settings. Ratios are of runs with the same "
+        "seed; *all three*: geometric means over the tasks.",
     ),
     "control-decay": Part(
         "Batches that move while the LR decays",

@@ -56,7 +56,8 @@ class Setting(NamedTuple):
     Attributes:
         keys: the task, and the LR that was the best of a grid at ``START``.
         target: of the validation loss of the averaged weights.
-        samples: the run of a controller, which measures every 0.5 % of it, and of the curriculum. Fixed batches may take twice as many.
+        samples: the run of a controller, which measures every 0.5 % of it, and of the curriculum. Fixed
+            batches may take twice as many.
         whole: the run whose LR decays to its end, or whose batch doubles in place of that.
     """
 
