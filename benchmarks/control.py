@@ -42,10 +42,9 @@ DECAYED = {  # how the batch is chosen where the LR decays: the length of the ru
     f"fixed {START}": (1.0, ()),
     "doubling": (1.0, (DOUBLING,)),
     **{
-        f"{name}{with_doubling}{length_text}": (length, (f"control={name}", *CONTROLLERS[name], *more))
+        f"{name}{with_doubling}": (LONGER, (f"control={name}", *CONTROLLERS[name], *more))
         for name in ("goodput", "norm-test")
         for with_doubling, more in (("", ()), (" and doubling", (DOUBLING,)))
-        for length_text, length in (("", 1.0), (f", {LONGER:g} × the samples", LONGER))
     },
 }
 
@@ -57,7 +56,7 @@ class Setting(NamedTuple):
         keys: the task, and the LR that was the best of a grid at ``START``.
         target: of the validation loss of the averaged weights.
         samples: the run of a controller, which measures every 0.5 % of it, and of the curriculum. Fixed
-            batches may take twice as many.
+            batches may take three times as many.
         whole: the run whose LR decays to its end, or whose batch doubles in place of that.
     """
 
@@ -68,15 +67,15 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "mnist1d": Setting(("task=mnist1d", "lr.base=0.02"), 0.10, 50_000, 30_000),
+    "mnist1d": Setting(("task=mnist1d", "lr.base=0.02"), 0.12, 50_000, 30_000),
     "images": Setting(
         ("task=images", "model._target_=benchmarks.control.network", "model.args.width=8", "lr.base=0.008"),
         0.15, 50_000, 30_000,
     ),
     "text": Setting(
         ("task=text", "task.args.length=16", "task.args.width=32", "task.args.depth=1", "task.args.dropout=0.0",
-         "task.train_samples=null", "evaluate.samples=800", "lr.base=0.008"),
-        2.0, 50_000, 30_000,
+         "task.train_samples=null", "evaluate.samples=500", "lr.base=0.008"),
+        2.1, 50_000, 30_000,
     ),
 }  # fmt: skip
 
@@ -116,7 +115,7 @@ def reached(run: Trained, target: float) -> Spent:
 def to_target(setting: Setting) -> dict[str, Keys]:
     """Return the keys of each way to the target. The LR decays only where larger batches replace that."""
     start, constant, long = f"batch.global_size={START}", "lr.decay=constant", f"duration={setting.samples}sa"
-    longer = f"duration={2 * setting.samples}sa"
+    longer = f"duration={3 * setting.samples}sa"
     return {
         **{fixed(batch): (constant, f"batch.global_size={batch}", longer) for batch in FIXED},
         "curriculum": (constant, "batch.schedule=curriculum", long),
