@@ -37,7 +37,7 @@ CONTROLLERS = {
 }
 AIMS = {"goodput": 1.05, "norm-test": 1.15, "noise": 1.20}  # most cost / that of the best fixed batch
 AIM_OF_A_TASK, AIM_OF_START, AIM_OF_DOUBLING = 1.45, 0.65, 0.72
-DOUBLING, LONGER = "batch.schedule=doubling", 1.5
+DOUBLING, LONGER = "batch.schedule=doubling", 2.0
 DECAYED = {  # how the batch is chosen where the LR decays: the length of the run, and its keys
     f"fixed {START}": (1.0, ()),
     "doubling": (1.0, (DOUBLING,)),
