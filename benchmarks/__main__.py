@@ -233,7 +233,7 @@ PARTS = {
         "where they need a speed. The curriculum is planned for as many samples as the controlled runs, doubling (in "
         "place of a cosine decay) for fewer, at whose end the LR has decayed. Means ± standard deviations over "
         f"{len(control.SEEDS)} seeds, none of which was used to choose settings. Ratios are of runs with the same "
-        "seed; *all three*: geometric means over the tasks.",
+        "seed, and their means are geometric, over the seeds and, in the last rows, over the tasks.",
     ),
     "control-decay": Part(
         "Batches that move while the LR decays",

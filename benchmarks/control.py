@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from statistics import fmean, geometric_mean, stdev
 from typing import NamedTuple
 
 from torch import nn
@@ -156,11 +156,11 @@ def rows() -> Rows:
             "task": task,
             "global batch": f"{name}, the best" if best[task] == (task, name) else name,
             "at the target": _sizes(runs[task, name]),
-            "samples": _spread([one.samples for one in spent[task, name]], ",.0f"),
-            "steps": _spread([one.steps for one in spent[task, name]], ",.0f"),
-            "cost": _spread(costs[task, name], ",.0f"),
-            "/ best fixed": _spread(to_best[task, name]),
-            f"/ {fixed(START)}": _spread(to_start[task, name]),
+            "samples": _spread([one.samples for one in spent[task, name]]),
+            "steps": _spread([one.steps for one in spent[task, name]]),
+            "cost": _spread(costs[task, name]),
+            "/ best fixed": _ratio(to_best[task, name]),
+            f"/ {fixed(START)}": _ratio(to_start[task, name]),
             "aim": f"≤ {AIM_OF_A_TASK:g}" if name in AIMS else "",
         }
         for task, name in ways
@@ -169,8 +169,8 @@ def rows() -> Rows:
     return found + [
         {
             "task": WHOLE, "global batch": name, "at the target": "", "samples": "", "steps": "", "cost": "",
-            "/ best fixed": _spread(_over_tasks(to_best, name)),
-            f"/ {fixed(START)}": _spread(_over_tasks(to_start, name)),
+            "/ best fixed": _ratio(_over_tasks(to_best, name)),
+            f"/ {fixed(START)}": _ratio(_over_tasks(to_start, name)),
             "aim": f"≤ {AIMS[name]:g}, ≤ {AIM_OF_START:g}" if name in AIMS else "",
         }
         for name in names
@@ -201,11 +201,11 @@ def rows_of_decay() -> Rows:
             "global batch": name,
             "at the end": _sizes(runs[task, name]),
             "samples": f"{SETTINGS[task].whole * DECAYED[name][0]:,.0f}",
-            "steps": _spread([one.steps for one in spent[task, name]], ",.0f"),
-            "cost": _spread(costs[task, name], ",.0f"),
+            "steps": _spread([one.steps for one in spent[task, name]]),
+            "cost": _spread(costs[task, name]),
             "val/loss": _spread(losses[task, name], ".4g"),
-            f"cost / {fixed(START)}": _spread(to_cost[task, name]),
-            f"loss / {fixed(START)}": _spread(to_loss[task, name]),
+            f"cost / {fixed(START)}": _ratio(to_cost[task, name]),
+            f"loss / {fixed(START)}": _ratio(to_loss[task, name]),
         }
         for task, name in ways
     ]
@@ -213,8 +213,8 @@ def rows_of_decay() -> Rows:
         {
             "task": WHOLE, "global batch": name, "at the end": "", "samples": "", "steps": "", "cost": "",
             "val/loss": "",
-            f"cost / {fixed(START)}": _spread(_over_tasks(to_cost, name)),
-            f"loss / {fixed(START)}": _spread(_over_tasks(to_loss, name)),
+            f"cost / {fixed(START)}": _ratio(_over_tasks(to_cost, name)),
+            f"loss / {fixed(START)}": _ratio(_over_tasks(to_loss, name)),
         }
         for name in DECAYED
     ]  # fmt: skip
@@ -230,12 +230,16 @@ def _over_tasks(ratios: Mapping[Way, Sequence[float]], name: str) -> list[float]
     return [math.prod(of) ** (1 / len(of)) for of in zip(*(ratios[task, name] for task in SETTINGS), strict=True)]
 
 
-def _spread(values: Sequence[float], form: str = ".2f") -> str:
+def _spread(values: Sequence[float], form: str = ",.0f", mean: Callable[[Sequence[float]], float] = fmean) -> str:
     """Format the mean ± standard deviation over seeds, or in how many a value is known."""
     known = [value for value in values if math.isfinite(value)]
     if len(known) < len(values):
         return f"{len(known)} of {len(values)}"
-    return f"{statistics.fmean(known):{form}} ± {statistics.stdev(known) if known[1:] else 0:{form}}"
+    return f"{mean(known):{form}} ± {stdev(known) if known[1:] else 0:{form}}"
+
+
+def _ratio(values: Sequence[float]) -> str:
+    return _spread(values, ".2f", geometric_mean)
 
 
 def _sizes(runs: Sequence[Trained]) -> str:
