@@ -34,7 +34,7 @@ class Control:
         least, most: bounds of the batch that the controller chooses.
         quantum: chosen batches are multiples of it, except for the bounds.
         every: interval between measurements; a decision takes effect this long after its measurement.
-        patience: measurements per decision, of norm-test in a row with the same result.
+        patience: measurements in a row that ask for a change in the same direction before it is made; not of bandit.
         lr: how the LR follows: by the run's rule, not at all, or by AdaScale's gain.
         power: exponent of AdaScale's gain: 1 for SGD, ½ for Adam.
         eta, factor, alpha: parameters of norm-test, noise and variance.
@@ -75,6 +75,11 @@ class Control:
         """Return True if decisions depend on the speed of the hardware."""
         timed = self.name == "goodput" or self.per == "second"
         return timed and self.half_speed is None
+
+    @property
+    def in_a_row(self) -> int:
+        """Return the measurements in a row that have to ask for a change; bandit decides at its own times."""
+        return 1 if self.name == "bandit" else self.patience
 
     def allowed(self, size: float) -> int:
         """Return the batch nearest to ``size`` samples that the controller may choose.
@@ -125,8 +130,12 @@ def course_of(segments: Sequence[Segment], decisions: Sequence[Segment], granule
 
 def multiplied(segments: Sequence[Segment], sample: int, size: int, granule: int) -> int:
     """Return the global batch at ``sample`` that a schedule makes of a chosen batch of ``size`` samples."""
-    growth = _at(segments, sample).global_size / segments[0].global_size
-    return max(1, round(size * growth / granule)) * granule
+    return max(1, round(size * growth_at(segments, sample) / granule)) * granule
+
+
+def growth_at(segments: Sequence[Segment], sample: int) -> float:
+    """Return the factor by which a schedule multiplies a chosen batch at ``sample``."""
+    return _at(segments, sample).global_size / segments[0].global_size
 
 
 def _at(segments: Sequence[Segment], sample: int) -> Segment:

@@ -35,15 +35,22 @@ class Interval(NamedTuple):
     batch: Positive
 
 
-def intervals_in(lines: Iterable[Mapping[str, Any]]) -> list[Interval]:
+def intervals_in(lines: Iterable[Mapping[str, Any]]) -> tuple[Interval, ...]:
     """Return the intervals between the measurements of a controller in ``metrics.jsonl``, those with a loss above 0."""
-    found: list[Interval] = []
+    found: tuple[Interval, ...] = ()
     for line in lines:
-        loss, size, growth = line.get("control/loss"), line.get("global_size"), line.get("control/growth")
-        before, samples = found[-1].samples if found else 0, line.get("samples", 0)
-        if loss and size and growth and min(loss, growth) > 0 and samples > before:
-            found.append(Interval(samples, loss, size / growth))
+        size, growth = line.get("global_size"), line.get("control/growth")
+        if size and growth and growth > 0:
+            found = extended(found, line.get("samples", 0), line.get("control/loss"), size / growth)
     return found
+
+
+def extended(intervals: tuple[Interval, ...], samples: int, loss: float | None, batch: float) -> tuple[Interval, ...]:
+    """Return the intervals with one more, up to ``samples``; a loss that has no logarithm is left out."""
+    before = intervals[-1].samples if intervals else 0
+    if loss is None or loss <= 0 or samples <= before:
+        return intervals
+    return (*intervals, Interval(samples, loss, batch))
 
 
 def trial_of(count: int) -> int | None:

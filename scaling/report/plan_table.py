@@ -150,8 +150,7 @@ def _limits(plan: Plan, control: Control) -> Iterator[str]:
         fewest, most = (plan.decide(1, size).steps for size in (control.most, control.least))
         bounds += f", so {fewest:,} to {counted(most or 0, 'step')}"
     yield bounds
-    patience = control.patience if CONTROLLERS[control.name].patient else 1
-    first = max(control.every, plan.cut.global_size) * (FEWEST + patience - 1)
+    first = max(control.every, plan.cut.global_size) * (FEWEST + control.in_a_row - 1)
     decides = f"decided from sample {first:,} on, at most × {MOST_CHANGE:g} at a time"
     yield f"measured every {plan.size(control.every)}, {decides}"
     if control.prior:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 from annotated_types import Len
 
 from isobatch.scaling.control import FEWEST, MOST_CHANGE, Control
-from isobatch.scaling.learned import Interval, belief, trial_of
+from isobatch.scaling.learned import Interval, belief, extended, trial_of
 from isobatch.scaling.limits import LARGEST, Count, Positive, Size
 
 LEAST_CHANGE = 1.125  # a smaller change isn't worth micro-batches of another size
@@ -192,15 +192,10 @@ def half_speed_of(timed: Iterable[Timed]) -> float | None:
 
 
 class Controller(NamedTuple):
-    """Hold the function that asks for a batch, or for none, and its description.
-
-    Attributes:
-        patient: a change waits for ``control.patience``.
-    """
+    """Hold the function that asks for a batch, or for none, and its description."""
 
     ask: Callable[[Control, Memory, Measurement], float | None]
     summary: str
-    patient: bool = True
 
 
 CONTROLLERS = {
@@ -208,7 +203,7 @@ CONTROLLERS = {
     "noise": Controller(noise, "factor × the gradient noise scale (McCandlish et al. 2018)"),
     "variance": Controller(variance, "grows by α × the gradient noise scale at each measurement"),
     "goodput": Controller(goodput, "√(half_speed × gradient noise scale): most progress per second (Pollux)"),
-    "bandit": Controller(bandit, "learns the critical batch from the loss, by trials of other batches", patient=False),
+    "bandit": Controller(bandit, "learns the critical batch from the loss, by trials of other batches"),
 }
 
 
@@ -224,7 +219,9 @@ def observed(control: Control, memory: Memory, seen: Measurement, rest: int) -> 
         count=memory.count + 1,
         timed=_timed(memory.timed if seen.hardware == memory.hardware else (), seen),
         hardware=seen.hardware,
-        intervals=memory.intervals if controller.patient else _learned(memory.intervals, seen),
+        intervals=memory.intervals
+        if control.name != "bandit"
+        else extended(memory.intervals, seen.samples, seen.loss, seen.global_size / seen.growth),
     )
     asked = None if memory.count < FEWEST else controller.ask(control, memory, seen)
     if asked is None:
@@ -236,8 +233,7 @@ def observed(control: Control, memory: Memory, seen: Measurement, rest: int) -> 
     memory = replace(memory, asked=within, larger=larger, smaller=smaller)
     size = control.allowed(within)
     step = min(size * seen.growth, control.limit or math.inf)
-    patience = control.patience if controller.patient else 1
-    if max(larger, smaller) < patience or size == memory.size or step > rest:
+    if max(larger, smaller) < control.in_a_row or size == memory.size or step > rest:
         return memory
     return replace(memory, size=size, larger=0, smaller=0)
 
@@ -249,13 +245,6 @@ def _timed(timed: tuple[Timed, ...], seen: Measurement) -> tuple[Timed, ...]:
     found = {one.global_size: one.times_s for one in timed}
     found[seen.global_size] = (*found.get(seen.global_size, ()), seen.step_s)[-LATEST:]
     return tuple(Timed(*one) for one in found.items())
-
-
-def _learned(intervals: tuple[Interval, ...], seen: Measurement) -> tuple[Interval, ...]:
-    """Return the losses with one more; a loss that has no logarithm is left out."""
-    if seen.loss is None or seen.loss <= 0:
-        return intervals
-    return (*intervals, Interval(seen.samples, seen.loss, seen.global_size / seen.growth))
 
 
 PREFIX = "control/"

@@ -169,4 +169,4 @@ def test_damaged_lines_are_left_out() -> None:
     good = {"samples": 200, "global_size": 32, "control/loss": 1.0, "control/growth": 1.0}
     bad = [{**good, "samples": 100}, {**good, "samples": 300, "control/loss": None}, {"samples": 400}]
     bad += [{**good, "samples": 300, "control/growth": 0.0}, {**good, "samples": 300, "control/loss": -1.0}]
-    assert intervals_in([good, *bad, {**good, "samples": 400}]) == [Interval(200, 1.0, 32.0), Interval(400, 1.0, 32.0)]
+    assert intervals_in([good, *bad, {**good, "samples": 400}]) == (Interval(200, 1.0, 32.0), Interval(400, 1.0, 32.0))

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from isobatch.conf.rundir.directory import RunDir
 from isobatch.conf.rundir.files import write_atomic
-from isobatch.scaling.control import Control, multiplied
+from isobatch.scaling.control import Control, growth_at, multiplied
 from isobatch.scaling.learned import belief
 from isobatch.scaling.limits import LARGEST
 from isobatch.scaling.plan import Step, crossed
@@ -79,7 +79,7 @@ class BatchControl:
         return Measurement(
             samples=step.stop,
             global_size=step.cut.global_size,
-            growth=multiplied(plan.segments, start, plan.segments[0].global_size, 1) / plan.segments[0].global_size,
+            growth=growth_at(plan.segments, start),
             grad_sq=noise.grad_sq if noise and known else None,
             trace=noise.trace if noise and known else None,
             loss=loss if math.isfinite(loss) else None,
