@@ -213,17 +213,17 @@ def observed(control: Control, memory: Memory, seen: Measurement, rest: int) -> 
     Args:
         rest: samples of the run from where the decision would take effect. It isn't taken if a step is longer.
     """
-    controller = CONTROLLERS[control.name]
+    intervals = memory.intervals
+    if control.name == "bandit":
+        intervals = extended(intervals, seen.samples, seen.loss, seen.global_size / seen.growth)
     memory = replace(
         memory,
         count=memory.count + 1,
         timed=_timed(memory.timed if seen.hardware == memory.hardware else (), seen),
         hardware=seen.hardware,
-        intervals=memory.intervals
-        if control.name != "bandit"
-        else extended(memory.intervals, seen.samples, seen.loss, seen.global_size / seen.growth),
+        intervals=intervals,
     )
-    asked = None if memory.count < FEWEST else controller.ask(control, memory, seen)
+    asked = None if memory.count < FEWEST else CONTROLLERS[control.name].ask(control, memory, seen)
     if asked is None:
         return memory
     within = min(max(asked, control.least, memory.size / MOST_CHANGE), control.most, memory.size * MOST_CHANGE)
