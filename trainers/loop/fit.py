@@ -92,12 +92,14 @@ def fit(
         state.advance(step, skipped=update.skipped)
         stepper.watch.beat(state.steps, state.samples)
 
-        following = state.plan.step_at(state.samples)
-        saving = crossed(every.save, step.start, step.stop) or state.plan.keeps(step.stop)
+        plan = state.plan
+        following = plan.step_at(state.samples)
+        saving = crossed(every.save, step.start, step.stop) or plan.keeps(step.stop)
         evaluating = evaluates(evaluation, every.evaluate, step, last=following is None)
         flush = saving or evaluating or following is None
         asked = monitor.record(step, total, update, flush=flush)
-        following = state.plan.step_at(state.samples)  # a controller may have moved the batch
+        if state.plan is not plan:  # a controller has moved the batch
+            following = state.plan.step_at(state.samples)
         stopping = bool(asked.stop)
         if asked.finish and following:
             early.time_is_up()
