@@ -92,14 +92,12 @@ def fit(
         state.advance(step, skipped=update.skipped)
         stepper.watch.beat(state.steps, state.samples)
 
-        plan = state.plan
-        following = plan.step_at(state.samples)
+        following = (plan := state.plan).step_at(state.samples)
         saving = crossed(every.save, step.start, step.stop) or plan.keeps(step.stop)
         evaluating = evaluates(evaluation, every.evaluate, step, last=following is None)
         flush = saving or evaluating or following is None
         asked = monitor.record(step, total, update, flush=flush)
-        if state.plan is not plan:  # a controller has moved the batch
-            following = state.plan.step_at(state.samples)
+        following = following if state.plan is plan else state.plan.step_at(state.samples)  # the batch was moved
         stopping = bool(asked.stop)
         if asked.finish and following:
             early.time_is_up()
