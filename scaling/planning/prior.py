@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from isobatch.conf.controllers import Bandit
 from isobatch.conf.existing import ever_trained
 from isobatch.conf.identity import run_directory
-from isobatch.conf.rundir.reading import read_run
+from isobatch.conf.rundir.reading import metric_lines
 from isobatch.conf.schema import RunConfig
 from isobatch.scaling.control import Belief
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.learned import belief, intervals_in
 from isobatch.scaling.limits import LARGEST
+from isobatch.scaling.reading import Unreadable, read_json
 
 VAGUE = (4, 2.0)  # a critical batch of 4 times the first batch, within a factor of 4
 LEAST_DOUBLINGS = 1.0  # of what another run learned: its critical batch need not be this one's
@@ -32,7 +31,7 @@ def first_belief(config: RunConfig, wanted: Bandit, start: int) -> Belief:
         UserError: ``control.prior`` isn't the directory of a run that learned.
     """
     here = run_directory(config)
-    if ever_trained(here) and (known := _belief_of(read_run(here).plan)):
+    if ever_trained(here) and (known := _belief_in(here)):
         return known
     if wanted.prior is None:
         return Belief(float(min(VAGUE[0] * start, LARGEST)), VAGUE[1])
@@ -40,9 +39,7 @@ def first_belief(config: RunConfig, wanted: Bandit, start: int) -> Belief:
     if not directory.is_dir():
         problem = f"control.prior={wanted.prior} doesn't exist"
         raise UserError(problem, "name a run directory, or leave it out", "control.prior", wanted.prior)
-    found = read_run(directory)
-    prior = _belief_of(found.plan)
-    intervals = intervals_in(found.metrics)
+    prior, intervals = _belief_in(directory), intervals_in(metric_lines(directory))
     if prior is None or not intervals:
         problem = f"control.prior={wanted.prior} isn't a run that control=bandit trained"
         raise UserError(problem, "name the directory of one, or leave it out", "control.prior", wanted.prior)
@@ -50,10 +47,11 @@ def first_belief(config: RunConfig, wanted: Bandit, start: int) -> Belief:
     return Belief(learned.critical, max(LEAST_DOUBLINGS, learned.doublings))
 
 
-def _belief_of(plan: Mapping[str, Any]) -> Belief | None:
-    """Return the belief with which the run of a plan began; None if it has none."""
-    with suppress(KeyError, TypeError, ValueError):
-        critical, doublings = (float(plan["control"]["prior"][name]) for name in ("critical", "doublings"))
+def _belief_in(directory: Path) -> Belief | None:
+    """Return the belief with which the run in ``directory`` began; None if its plan has none or can't be read."""
+    with suppress(FileNotFoundError, Unreadable, KeyError, TypeError, ValueError):
+        prior = read_json(directory / "plan.json")["control"]["prior"]
+        critical, doublings = (float(prior[name]) for name in ("critical", "doublings"))
         if 0 < critical <= LARGEST and 0 < doublings <= LARGEST:
             return Belief(critical, doublings)
     return None
