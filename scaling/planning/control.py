@@ -17,6 +17,7 @@ from isobatch.scaling.planning.sizes import in_samples, largest_for_decay, size_
 from isobatch.scaling.rules import make_rule
 from isobatch.scaling.units import Duration
 
+MOST_INTERVALS = 2000  # of a bandit: a fit of them took 0.2 s
 QUANTUM = 8  # samples: sizes that are multiples of it suit GPUs, and micro-batches of few sizes are compiled less often
 
 
@@ -63,6 +64,7 @@ def controlled(config: RunConfig, plan: Plan, lengths: Lengths) -> Plan:
     if control.by_noise:
         _refuse_other_measurements(config, wanted.every)
     _refuse_too_few(config, plan, control)
+    _refuse_too_many(plan, control)
     plan = replace(plan, control=control)
     _refuse_unfit(plan, control)
     return plan
@@ -124,6 +126,17 @@ def _refuse_too_few(config: RunConfig, plan: Plan, control: Control) -> None:
     if apart > control.every:
         fix = f"give a longer duration, more than {needed * apart}sa, or a smaller batch.global_size"
     raise UserError(problem, fix, "control.every")
+
+
+def _refuse_too_many(plan: Plan, control: Control) -> None:
+    """Raise UserError if a bandit, which fits all intervals at each decision, has too many of them."""
+    apart = max(control.every, control.least)
+    if control.name == "bandit" and plan.samples is not None and plan.samples > MOST_INTERVALS * apart:
+        problem = (
+            f"control.every={control.every}sa makes {plan.samples // apart:,} intervals, which control=bandit fits"
+        )
+        fix = f"give at least {-(-plan.samples // MOST_INTERVALS)}sa, for at most {MOST_INTERVALS:,}"
+        raise UserError(problem, fix, "control.every", control.every)
 
 
 def _refuse_bounds(plan: Plan, sizes: Mapping[str, int], limit: int | None) -> None:

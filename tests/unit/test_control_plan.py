@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isobatch.conf.compose import compose
+from isobatch.conf.keys import choices_of
 from isobatch.scaling.control import Control
 from isobatch.scaling.errors import UserError
 from isobatch.scaling.plan import Plan
@@ -356,3 +357,21 @@ def test_the_largest_batch_counts_what_the_controller_may_choose() -> None:
 def test_the_next_step_boundary() -> None:
     plan = planned(*NOISE).decide(100, 96)
     assert [plan.boundary(sample) for sample in (0, 1, 128, 129, 224, 225)] == [0, 64, 128, 224, 224, 320]
+
+
+def test_a_bandit_fits_no_more_intervals_than_it_has_time_for() -> None:
+    bandit = ("control=bandit", "batch.per_gpu=16", "batch.global_size=8", "control.most=64")
+    with pytest.raises(UserError, match="at least 20sa") as raised:
+        planned(*bandit, "control.every=19sa", "duration=40000sa")
+    assert raised.value.key == "control.every"
+    assert planned(*bandit, "control.every=20sa", "duration=40000sa").control
+
+
+def test_controllers_share_the_defaults_of_their_common_keys() -> None:
+    """Each YAML has them, so that --help shows them with every choice."""
+    sections = [compose([f"control={name}"]).control.model_dump() for name in choices_of("control") if name != "none"]
+    common = set.intersection(*(set(section) for section in sections)) - {"name"}
+    assert common >= {"least", "most", "quantum", "every", "patience", "lr"}
+    assert all(
+        {key: section[key] for key in common} == {key: sections[0][key] for key in common} for section in sections
+    )
